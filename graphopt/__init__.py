@@ -1,0 +1,1 @@
+"""Optimise ONNX models and prove the result."""

@@ -1,0 +1,58 @@
+"""Nodes, weights and names that no output needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.edit import Editor
+from graphopt.ir import Graph, Model, Value
+from graphopt.operators import is_pure
+
+
+@dataclass(frozen=True)
+class RemoveDead:
+    """Remove nodes that no output needs, and initializers that no node reads.
+
+    Nodes of foreign domains stay, since they may do more than compute; so do initializers that a
+    caller can replace, and whatever annotations or training information name.
+    """
+
+    name: ClassVar[str] = "remove-dead"
+
+    def run(self, model: Model, edit: Editor) -> None:
+        _remove_nodes(model.graph, model, edit)
+        for graph in model.graphs():
+            _remove_initializers(graph, edit)
+
+
+def _remove_nodes(graph: Graph, model: Model, edit: Editor) -> None:
+    """Readers before what they read, so that one sweep finds every dead chain."""
+    for node in reversed(list(graph.nodes)):
+        dead = not any(_is_needed(value) for value in node.outputs if value is not None)
+        if dead and node.outputs and is_pure(node, model):
+            root = next((value.name for value in node.outputs if value is not None), "")
+            before = node.text()
+            edit.remove_node(node)
+            edit.record("remove-dead-node", root, before, "")
+            continue
+        for body in node.graphs():
+            _remove_nodes(body, model, edit)
+
+
+def _remove_initializers(graph: Graph, edit: Editor) -> None:
+    for value in list(graph.initializers):
+        if _is_needed(value) or value.constant is None:
+            continue
+        kept = value.constant
+        if value.is_input:
+            edit.freeze_input(value)
+        edit.remove_value(value)
+        shape = ",".join(map(str, kept.shape))
+        edit.record(
+            "remove-dead-initializer", value.name, f"{value.name} [{shape}], {kept.nbytes} B", ""
+        )
+
+
+def _is_needed(value: Value) -> bool:
+    return bool(value.consumers) or value.is_output or value in value.graph.pinned
