@@ -33,8 +33,11 @@ class Editor:
     def undo_to(self, mark: tuple[int, int]) -> None:
         """Take back every edit and change since `mark`."""
         edits, changes = mark
-        while len(self._journal) > edits:
-            self._journal.pop()()
+        if len(self._journal) > edits:
+            while len(self._journal) > edits:
+                self._journal.pop()()
+            for graph in self.model.graphs():
+                graph._restore_order()
         del self.changes[changes:]
 
     def record(self, rule: str, root: str, before: str, after: str) -> None:

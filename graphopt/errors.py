@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from graphopt.report import Report
 
 
 class GraphoptError(Exception):
@@ -29,13 +32,19 @@ class OutputError(UsageError):
     """The output cannot be written: unwritable folder, full disk (exit 2)."""
 
 
+class RefusedError(GraphoptError):
+    """The result was not written; `report` (a graphopt.report.Report) says what was found."""
+
+    report: Report | None = None
+
+
 class RuntimeFailure(GraphoptError):
     """onnxruntime could not load or run a model."""
 
 
-class ValidationError(GraphoptError):
+class ValidationError(RefusedError):
     """The candidate differs from the original by more than the original's own noise (exit 1)."""
 
 
-class UnprovenError(GraphoptError):
+class UnprovenError(RefusedError):
     """Nothing shows that the candidate equals the original: no feed is informative (exit 1)."""

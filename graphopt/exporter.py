@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from graphopt import output
-from graphopt.importer import sort
+from graphopt.importer import in_order
 from graphopt.ir import Graph, Model, Node
 
 
@@ -35,11 +35,10 @@ def _export_graph(graph: Graph, target: onnx.GraphProto) -> None:
     """Replace what passes may change in `target`, a copy of the graph's proto."""
     if not graph.edited:
         return
-    graph.nodes = dict.fromkeys(sorted(graph.nodes, key=lambda node: node.position))
-    sort(graph, "result")
+    nodes = in_order(sorted(graph.nodes, key=lambda node: node.position), "result")
     for field in ("node", "initializer", "sparse_initializer", "input"):
         target.ClearField(field)
-    target.node.extend(_export_node(node) for node in graph.nodes)
+    target.node.extend(_export_node(node) for node in nodes)
     for value in graph.initializers:
         assert value.weight is not None
         if isinstance(value.weight.proto, onnx.SparseTensorProto):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -11,8 +12,8 @@ import onnx
 
 from graphopt.errors import ModelError
 from graphopt.ir import Graph, Model, Node, Value, Weight
+from graphopt.operators import is_known
 from graphopt.storage import Store, read, tensor_bytes
-from graphopt.wire import RAW_DATA
 
 _CONSTANT_INPUTS_BELOW_IR: Final = 4  # before, every initializer had to be listed as an input too
 
@@ -22,10 +23,16 @@ def import_model(source: Path | onnx.ModelProto, base: Path | None = None) -> Mo
     proto, store = read(source, base)
     label = str(source) if isinstance(source, Path) else "model"
     importer = _Importer(store, label)
+    for entry in proto.opset_import:
+        importer.check_text(entry.domain)
+    for function in proto.functions:
+        importer.check_text(function.domain, function.name, function.overload)
     graph = importer.graph(proto.graph, None)
     graph.inputs_are_frozen = 0 < proto.ir_version < _CONSTANT_INPUTS_BELOW_IR
     importer.pin_training(proto, graph)
-    return Model(proto, store, graph, label)
+    model = Model(proto, store, graph, label)
+    importer.check_operators(model)
+    return model
 
 
 class _Importer:
@@ -48,13 +55,20 @@ class _Importer:
         for annotation in proto.quantization_annotation:
             names = [entry.value for entry in annotation.quant_parameter_tensor_names]
             graph.pinned.update(graph.values[name] for name in names if name in graph.values)
-        sort(graph, self.label)
+        order = in_order(list(graph.nodes), self.label)
+        if order != list(graph.nodes):
+            graph.nodes = dict.fromkeys(order)
+            for position, node in enumerate(order):
+                node.position = position
+            graph._touch()
         return graph
 
     def declare(self, graph: Graph) -> None:
         proto = graph.proto
         for info in itertools.chain(proto.value_info, proto.input, proto.output):
             graph.value_info[info.name] = info
+        for info in itertools.chain(proto.input, proto.output):
+            self.check_text(info.name)
         for info in proto.input:
             if info.name in graph.values:
                 raise self.fail(f"two graph inputs are called {info.name!r}")
@@ -67,29 +81,60 @@ class _Importer:
             self.initializer(graph, Weight(sparse, self.store))
         for position, node_proto in enumerate(proto.node):
             node = Node(node_proto, graph, position)
+            names = (node_proto.op_type, node_proto.domain, node_proto.overload, node_proto.name)
+            self.check_text(*names, *node_proto.input, *node_proto.output)
             graph.nodes[node] = None
             for name in node_proto.output:
                 node.outputs.append(self.produced(graph, node, name) if name else None)
 
+    def check_text(self, *names: object) -> None:
+        """Names are text: protobuf hands out bytes for what is no UTF-8."""
+        for name in names:
+            if isinstance(name, bytes):
+                raise self.fail(f"the name {name!r} is no UTF-8")
+
     def initializer(self, graph: Graph, weight: Weight) -> None:
         name = weight.tensor.name
+        self.check_text(name)
         value = graph.values.get(name)
         if value is None:
             value = graph.values[name] = Value(name, graph)
         elif value.weight is not None:
             raise self.fail(f"two initializers are called {name!r}")
+        else:  # also an input: its place among the initializers is this one
+            del graph.values[name]
+            graph.values[name] = value
+            value.position = next(graph.positions)
         value.weight = weight
-        tensor = weight.tensor
-        index = self.store.reference(tensor)
+        self.check_weight(weight, f"initializer {name!r}")
+
+    def check_weight(self, weight: Weight, what: str) -> None:
+        """A known type and as much data as the shape needs, as far as that shows without decoding.
+
+        A dense tensor may have no data at all: weightless models are read, though never run.
+        """
         if any(size < 0 for size in weight.shape):
-            raise self.fail(f"initializer {name!r} has a negative size: {list(weight.shape)}")
-        if index is None or self.store[index].field != RAW_DATA:
-            return
-        expected, found = tensor_bytes(tensor.data_type, tensor.dims), self.store[index].length
-        if expected != found:
+            raise self.fail(f"{what} has a negative size: {list(weight.shape)}")
+        if isinstance(weight.proto, onnx.SparseTensorProto):
+            self.check_data(weight.proto.indices, what)
+        self.check_data(weight.tensor, what)
+
+    def check_data(self, tensor: onnx.TensorProto, what: str) -> None:
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        if external and self.store.reference(tensor) is None:
+            raise self.fail(f"{what} does not say in which file its data is")
+        found: int | None
+        if tensor.data_type == onnx.TensorProto.STRING:
+            unit, found, expected = "strings", len(tensor.string_data), math.prod(tensor.dims)
+        else:
+            try:
+                unit, found = "bytes", self.store.data_bytes(tensor)
+                expected = tensor_bytes(tensor.data_type, tensor.dims)
+            except ModelError as error:
+                raise self.fail(f"{what}: {error}") from None
+        if found is not None and expected != found:
             raise self.fail(
-                f"initializer {name!r} of shape {list(tensor.dims)} needs {expected:,} bytes "
-                f"and has {found:,}"
+                f"{what} of shape {list(tensor.dims)} needs {expected:,} {unit} and has {found:,}"
             )
 
     def produced(self, graph: Graph, node: Node, name: str) -> Value:
@@ -109,7 +154,12 @@ class _Importer:
                 value.consumers[node] = value.consumers.get(node, 0) + 1
         for attribute in node.proto.attribute:
             protos = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+            if attribute.HasField("t"):
+                weight = Weight(attribute.t, self.store)
+                self.check_weight(weight, f"{node.label}: its {attribute.name}")
             if protos:
+                if attribute.name in node.bodies:
+                    raise self.fail(f"{node.label} has two attributes {attribute.name!r}")
                 node.bodies[attribute.name] = [self.graph(proto, node) for proto in protos]
 
     def lookup(self, node: Node, name: str) -> Value:
@@ -134,6 +184,15 @@ class _Importer:
         where = f"a body of {graph.owner.label}" if graph.owner else "the graph"
         raise self.fail(f"{where} has the output {name!r}, which nothing computes")
 
+    def check_operators(self, model: Model) -> None:
+        """Refuse operators of the standard domain that nobody defines."""
+        functions = {name for domain, name, _ in model.functions if domain == ""}
+        for node in model.nodes():
+            if node.domain == "" and node.op not in functions and not is_known(node.op):
+                raise self.fail(
+                    f"{node.label}: ai.onnx has no operator {node.op!r} (onnx {onnx.__version__})"
+                )
+
     def pin_training(self, proto: onnx.ModelProto, graph: Graph) -> None:
         """Training information names values of the main graph: they have to stay."""
         for info in proto.training_info:
@@ -145,17 +204,17 @@ class _Importer:
             graph.pinned.update(graph.values[name] for name in names if name in graph.values)
 
 
-def sort(graph: Graph, label: str) -> None:
-    """Order the nodes so that each follows what it reads; a sorted graph keeps its order.
+def in_order(nodes: list[Node], label: str) -> list[Node]:
+    """The nodes of a graph so that each follows what it reads; sorted ones keep their order.
 
     Raises ModelError for a cycle. Linear in nodes and edges.
     """
     done: set[Node] = set()
-    if all(_ready(node, done) for node in graph.nodes):
-        return
+    if all(_ready(node, done) for node in nodes):
+        return nodes
     order: list[Node] = []
     state: dict[Node, bool] = {}  # False: its inputs are being placed, True: placed
-    for root in graph.nodes:
+    for root in nodes:
         stack: list[tuple[Node, Iterator[Node]]] = []
         if root not in state:
             state[root] = False
@@ -172,10 +231,7 @@ def sort(graph: Graph, label: str) -> None:
             else:
                 state[following] = False
                 stack.append((following, iter(dependencies(following))))
-    graph.nodes = dict.fromkeys(order)
-    for position, node in enumerate(order):
-        node.position = position
-    graph._touch()
+    return order
 
 
 def dependencies(node: Node) -> Iterable[Node]:

@@ -10,6 +10,8 @@ Only `graphopt.edit` changes a graph: the underscored methods keep both ends of 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -18,10 +20,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from graphopt.errors import ModelError
 from graphopt.storage import Store, tensor_bytes
 
 STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx"})
 Shape = tuple[int | str | None, ...]
+_FLOATS: Final = frozenset(
+    number
+    for name, number in onnx.TensorProto.DataType.items()
+    if "FLOAT" in name or name == "DOUBLE"
+)
 
 
 class Weight:
@@ -48,13 +56,18 @@ class Weight:
         return self.tensor.data_type
 
     @property
+    def is_float(self) -> bool:
+        """True for every floating-point type, bfloat16 and the 8 and 4 bit ones included."""
+        return self.data_type in _FLOATS
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.proto.dims)
 
     @property
     def size(self) -> int:
         """Number of elements, zeros of a sparse tensor included."""
-        return int(np.prod(np.asarray(self.shape, dtype=object)))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -68,27 +81,35 @@ class Weight:
 
     @property
     def values(self) -> NDArray[np.generic]:
-        """The dense array, read-only where it is a view of the file."""
+        """The dense array, read-only where it is a view of the file.
+
+        Raises ModelError where the data does not fit type and shape.
+        """
         if not isinstance(self.proto, onnx.SparseTensorProto):
             return self.store.array(self.proto)
         values = self.store.array(self.proto.values)
         indices = self.store.array(self.proto.indices).astype(np.int64)
-        dense = np.zeros(self.shape, values.dtype)
-        if indices.ndim == 2:
-            dense[tuple(indices.T)] = values
-        else:
-            dense.reshape(-1)[indices] = values
+        try:
+            dense = np.zeros(self.shape, values.dtype)
+            if indices.ndim == 2:
+                dense[tuple(indices.T)] = values
+            else:
+                dense.reshape(-1)[indices] = values
+        except (IndexError, ValueError, MemoryError) as error:
+            name = self.tensor.name
+            raise ModelError(f"sparse tensor {name!r} cannot be decoded: {error}") from None
         return dense
 
 
 class Value:
     """One name in one graph. `producer` is None for inputs, initializers and names of a caller."""
 
-    __slots__ = ("consumers", "graph", "name", "producer", "weight")
+    __slots__ = ("consumers", "graph", "name", "position", "producer", "weight")
 
     def __init__(self, name: str, graph: Graph) -> None:
         self.name = name
         self.graph = graph
+        self.position = next(graph.positions)  # orders the initializers of the graph
         self.producer: Node | None = None
         self.weight: Weight | None = None
         self.consumers: dict[Node, int] = {}  # node, also one in a body -> number of its inputs
@@ -141,6 +162,11 @@ class Node:
         return "" if self.proto.domain in STANDARD_DOMAINS else self.proto.domain
 
     @property
+    def overload(self) -> str:
+        """Which of several functions of one name it calls."""
+        return self.proto.overload
+
+    @property
     def name(self) -> str:
         return self.proto.name
 
@@ -148,7 +174,8 @@ class Node:
     def label(self) -> str:
         """How messages call the node: its name, or what it computes."""
         first = next((value.name for value in self.outputs if value is not None), "")
-        return f"{self.op} {self.name or first!r}"
+        name = self.name if self.name.isprintable() else repr(self.name)
+        return f"{self.op} {name or repr(first)}"
 
     def attribute(self, name: str) -> onnx.AttributeProto | None:
         """The attribute as the node states it, None where it leaves it to the default."""
@@ -178,6 +205,7 @@ class Graph:
     def __init__(self, proto: onnx.GraphProto, owner: Node | None) -> None:
         self.proto = proto
         self.owner = owner
+        self.positions = itertools.count()
         self.nodes: dict[Node, None] = {}  # in file order
         self.values: dict[str, Value] = {}  # every name declared here
         self.inputs: list[Value] = []
@@ -259,6 +287,12 @@ class Graph:
         self.values[value.name] = value
         self._touch()
 
+    def _restore_order(self) -> None:
+        """Back into file order, after nodes and values came back."""
+        self.nodes = dict.fromkeys(sorted(self.nodes, key=lambda node: node.position))
+        ordered = sorted(self.values.values(), key=lambda value: value.position)
+        self.values = {value.name: value for value in ordered}
+
     def _set_inputs(self, values: list[Value]) -> None:
         self.inputs = values
         self.input_set = set(values)
@@ -290,9 +324,12 @@ class Model:
         return found
 
     @property
-    def functions(self) -> dict[tuple[str, str], onnx.FunctionProto]:
-        """Functions that the model defines, by domain and name."""
-        return {(f.domain, f.name): f for f in self.proto.functions}
+    def functions(self) -> dict[tuple[str, str, str], onnx.FunctionProto]:
+        """Functions that the model defines, by domain ("" for the standard one), name, overload."""
+        return {
+            ("" if f.domain in STANDARD_DOMAINS else f.domain, f.name, f.overload): f
+            for f in self.proto.functions
+        }
 
     def graphs(self) -> Iterator[Graph]:
         """The main graph and every body."""

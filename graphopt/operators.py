@@ -6,11 +6,12 @@ onnxruntime, its contrib operator documentation.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal, NamedTuple
 
 import onnx
 
-from graphopt.ir import Model, Node
+from graphopt.ir import STANDARD_DOMAINS, Model, Node
 
 # Domains whose operators are pure: a node nobody reads can go. Others may write files or print.
 PURE_DOMAINS: Final = frozenset(
@@ -56,14 +57,179 @@ PARAMETER_SLOTS: Final[dict[str, frozenset[int]]] = {
 }
 
 
+# For proposing integers: operators that compare, that index (the slot of the indices; slot 0 is
+# what they index), that take a shape or a count, and that only move elements from one slot on.
+COMPARISONS: Final = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+INDEX_SLOTS: Final = {"Gather": 1, "GatherElements": 1, "GatherND": 1}
+SHAPE_SLOTS: Final[dict[str, frozenset[int]]] = {
+    "ConstantOfShape": frozenset({0}),
+    "Expand": frozenset({1}),
+    "Range": frozenset({0, 1, 2}),
+    "Reshape": frozenset({1}),
+    "Resize": frozenset({3}),
+    "Slice": frozenset({1, 2, 4}),
+    "Tile": frozenset({1}),
+    "TopK": frozenset({1}),
+}
+PASSES_VALUES_ON: Final[dict[str, frozenset[int]]] = {
+    **dict.fromkeys(
+        ("Cast", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
+        frozenset({0}),
+    ),
+    **dict.fromkeys(("Squeeze", "Tile", "Transpose", "Unsqueeze"), frozenset({0})),
+    "Concat": frozenset(range(64)),
+}
+
+
+class MacFact(NamedTuple):
+    """Which formula of `graphopt.macs` counts an operator, and in which slots its operands are."""
+
+    formula: Literal[
+        "attention",
+        "convolution",
+        "einsum",
+        "matrix-product",
+        "packed-product",
+        "projected-attention",
+        "recurrent",
+        "transposed-convolution",
+    ]
+    operands: tuple[int, ...]
+
+
+# Multiply-accumulates by (domain, operator). An operator that is not here has none worth counting.
+MACS: Final[dict[tuple[str, str], MacFact]] = {
+    ("", "Attention"): MacFact("attention", (0, 1, 4)),
+    ("", "Conv"): MacFact("convolution", (1,)),
+    ("", "ConvInteger"): MacFact("convolution", (1,)),
+    ("", "ConvTranspose"): MacFact("transposed-convolution", (0, 1)),
+    ("", "DeformConv"): MacFact("convolution", (1,)),
+    ("", "Einsum"): MacFact("einsum", ()),
+    ("", "GRU"): MacFact("recurrent", (0, 1, 2)),
+    ("", "Gemm"): MacFact("matrix-product", (0, 1)),
+    ("", "LSTM"): MacFact("recurrent", (0, 1, 2)),
+    ("", "MatMul"): MacFact("matrix-product", (0, 1)),
+    ("", "MatMulInteger"): MacFact("matrix-product", (0, 1)),
+    ("", "QLinearConv"): MacFact("convolution", (3,)),
+    ("", "QLinearMatMul"): MacFact("matrix-product", (0, 3)),
+    ("", "RNN"): MacFact("recurrent", (0, 1, 2)),
+    ("com.microsoft", "Attention"): MacFact("projected-attention", (0, 1, 4)),
+    ("com.microsoft", "ConvTransposeWithDynamicPads"): MacFact("transposed-convolution", (0, 1)),
+    ("com.microsoft", "DynamicQuantizeLSTM"): MacFact("recurrent", (0, 1, 2)),
+    ("com.microsoft", "DynamicQuantizeMatMul"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft", "FusedConv"): MacFact("convolution", (1,)),
+    ("com.microsoft", "FusedGemm"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft", "FusedMatMul"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft", "GemmFastGelu"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft", "GroupQueryAttention"): MacFact("attention", (0, 1, 3)),
+    ("com.microsoft", "MatMulBnb4"): MacFact("packed-product", (0,)),
+    ("com.microsoft", "MatMulIntegerToFloat"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft", "MatMulNBits"): MacFact("packed-product", (0,)),
+    ("com.microsoft", "MultiHeadAttention"): MacFact("attention", (0, 1, 6)),
+    ("com.microsoft", "QAttention"): MacFact("projected-attention", (0, 1, 8)),
+    ("com.microsoft", "QGemm"): MacFact("matrix-product", (0, 3)),
+    ("com.microsoft", "QLinearConv"): MacFact("convolution", (3,)),
+    ("com.microsoft", "TransposeMatMul"): MacFact("matrix-product", (0, 1)),
+    ("com.microsoft.nchwc", "Conv"): MacFact("convolution", (1,)),
+}
+
+# Operators with bodies, by how often these run: one of them once, or one as often as data says.
+BODIES: Final[dict[str, Literal["branch", "loop", "scan"]]] = {
+    "If": "branch",
+    "Loop": "loop",
+    "Scan": "scan",
+}
+
+# Operators that read the shape of their input and none of its elements.
+SHAPE_READERS: Final = frozenset({"Shape", "Size"})
+
+# Operators of com.microsoft whose first output, and fourth where there is one (the sum before the
+# normalisation), have shape and type of their first input.
+SAME_AS_INPUT: Final = frozenset(
+    {
+        "BiasGelu",
+        "FastGelu",
+        "Gelu",
+        "QLinearLeakyRelu",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QuickGelu",
+        "RotaryEmbedding",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+
+# Operators of com.microsoft whose output has the shape that a standard operator gives, with the
+# slots of the inputs that the standard one takes.
+SHAPED_LIKE: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+    "DynamicQuantizeMatMul": ("MatMul", (0, 1)),
+    "FusedConv": ("Conv", (0, 1)),
+    "FusedGemm": ("Gemm", (0, 1)),
+    "MatMulIntegerToFloat": ("MatMul", (0, 1)),
+    "QGemm": ("Gemm", (0, 3)),
+    "QLinearAdd": ("Add", (0, 3)),
+    "QLinearAveragePool": ("AveragePool", (0,)),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", (0,)),
+    "QLinearMul": ("Mul", (0, 3)),
+}
+
+
+# Operators of the standard domain that ONNX does not define (most it had before 1.5, as
+# experiments) and that onnxruntime's CPU provider has a kernel for, most of them up to opset 9.
+# The two copies are what onnxruntime writes into models that it optimised for a GPU.
+LEGACY: Final = frozenset(
+    {
+        "Affine",
+        "Crop",
+        "DynamicSlice",
+        "ImageScaler",
+        "MemcpyFromHost",
+        "MemcpyToHost",
+        "ParametricSoftplus",
+        "Scale",
+        "ScaledTanh",
+        "SimplifiedLayerNormalization",
+    }
+)
+
+
+def is_known(op: str) -> bool:
+    """True for an operator of the standard domain that ONNX, in any version, or a runtime has."""
+    return op in LEGACY or onnx.defs.has(op)
+
+
+# For judging results: operators that read no element of their input, that only widen a stored
+# type, that pick elements (the output that holds their indices), and that keep every element.
+SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
+STORAGE_READERS: Final = frozenset({"Cast", "CastLike", "DequantizeLinear"})
+PICKS: Final = {"ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0, "TopK": 1}
+ELEMENTS_IN_PLACE: Final = frozenset(
+    {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+)
+
+
 def is_pure(node: Node, model: Model) -> bool:
     """True where a node without readers can go: it does nothing but compute its outputs."""
-    if node.domain in PURE_DOMAINS:
-        return all(is_pure(inner, model) for body in node.graphs() for inner in body.nodes)
-    function = model.functions.get((node.domain, node.op))
-    return function is not None and all(
-        inner.domain in PURE_DOMAINS or inner.domain == "ai.onnx" for inner in function.node
-    )
+    return _is_pure(node.proto, model.functions)
+
+
+def _is_pure(
+    node: onnx.NodeProto,
+    functions: Mapping[tuple[str, str, str], onnx.FunctionProto],
+    inside: frozenset[tuple[str, str, str]] = frozenset(),
+) -> bool:
+    domain = "" if node.domain in STANDARD_DOMAINS else node.domain
+    key = (domain, node.op_type, node.overload)
+    inner = [body.node for a in node.attribute for body in (a.g, *a.graphs)]
+    if (function := functions.get(key)) is not None:
+        if key in inside:
+            return False  # calls itself, which ONNX forbids
+        inside |= {key}
+        inner.append(function.node)
+    elif domain not in PURE_DOMAINS:
+        return False
+    return all(_is_pure(other, functions, inside) for nodes in inner for other in nodes)
 
 
 def is_random(node: Node) -> bool:

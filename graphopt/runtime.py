@@ -272,19 +272,17 @@ def failure(error: BaseException) -> RuntimeFailure:
 
 def _signature_end(text: str, start: int) -> int:
     """Where the C++ function signature that starts at `start` ends (`start` if there is none)."""
-    depth, end = 0, None
-    for i in range(start, len(text)):
+    named = re.compile(r"\S*::[^\s(]*\(").search(text, start)
+    if named is None:  # other compilers give the bare name of the function
+        bare = re.compile(r"\S*::\S+").match(text, start)
+        return bare.end() if bare else start
+    depth = 0
+    for i in range(named.end() - 1, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0 and text[i] == ")" and text[i + 1 : i + 2] in ("", " "):
-            end = i + 1
-            break
-    name = re.match(r"\S*::\S+", text[start:])
-    if name and "(" not in name[0]:  # other compilers give the bare name of the function
-        return start + name.end()
-    if end is None or "::" not in text[start:end]:
-        return start
-    tail = re.match(r"(?: const| noexcept)*(?: \[with [^\]]*\])?", text[end:])
-    return end + (tail.end() if tail else 0)
+        if depth == 0 and text[i + 1 : i + 2] in ("", " "):
+            tail = re.compile(r"(?: const| noexcept)*(?: \[with [^\]]*\])?").match(text, i + 1)
+            return tail.end() if tail else i + 1
+    return start
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -15,7 +16,9 @@ from graphopt.errors import ModelError
 
 _CHUNK: Final = 8 << 20
 # errno values that say "this pair of files cannot be copied inside the kernel", not "copy failed"
-_NOT_IN_KERNEL: Final = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
+_NOT_IN_KERNEL: Final = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+)
 
 
 class Source(Protocol):
@@ -55,14 +58,19 @@ class FileSource:
 
     def __init__(self, path: Path) -> None:
         try:
+            mode = path.stat().st_mode  # first: opening a pipe would wait for its writer
+            if stat.S_ISDIR(mode):
+                raise ModelError(f"{path}: this is a directory, not an ONNX file")
+            if not stat.S_ISREG(mode):
+                raise ModelError(f"{path}: this is not a regular file")
             with path.open("rb") as stream:
                 self._descriptor = os.dup(stream.fileno())
         except FileNotFoundError:
             raise ModelError(f"{path}: no such file") from None
-        except IsADirectoryError:
-            raise ModelError(f"{path}: this is a directory, not an ONNX file") from None
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError:  # a NUL in the name
+            raise ModelError(f"{str(path)!r}: no file can have this name") from None
         self.path = path
         status = os.fstat(self._descriptor)
         self.nbytes = status.st_size

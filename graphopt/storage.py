@@ -9,6 +9,7 @@ whose key is the store's own, so that no content of a file can be mistaken for o
 from __future__ import annotations
 
 import bisect
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Store:
         self._ranges.append(stored)
         return len(self._ranges) - 1
 
+    def files(self) -> list[Path]:
+        """The files beside the model that external data came from."""
+        sources = {id(r.source): r.source for r in self._ranges if r.external}
+        return [source.path for source in sources.values() if isinstance(source, FileSource)]
+
     def reference(self, tensor: onnx.TensorProto) -> int | None:
         """Index of the range that a hollow tensor refers to, None for a tensor with its data."""
         for entry in tensor.external_data:
@@ -95,7 +101,9 @@ class Store:
         if index is None:
             return copy
         stored = self._ranges[index]
+        entries = [entry for entry in tensor.external_data if entry.key != self.key]
         copy.ClearField("external_data")
+        copy.external_data.extend(entries)
         copy.ClearField("data_location")
         if stored.explicit_default:
             copy.data_location = onnx.TensorProto.DEFAULT
@@ -107,20 +115,39 @@ class Store:
         return copy
 
     def array(self, tensor: onnx.TensorProto) -> NDArray[np.generic]:
-        """The tensor's values; a read-only view of the file where the encoding allows it."""
+        """The tensor's values; a read-only view of the file where the encoding allows it.
+
+        Raises ModelError where the data does not fit type and shape.
+        """
         index = self.reference(tensor)
+        if index is None and tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ModelError(f"tensor {tensor.name!r} does not say where its data is")
         if index is not None and self._ranges[index].flat(tensor.data_type):
             stored = self._ranges[index]
-            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            dtype = _dtype(tensor.data_type)
             shape = tuple(tensor.dims)
-            if stored.length == dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+            if stored.length == dtype.itemsize * math.prod(shape) and min(shape, default=0) >= 0:
                 data = stored.source.view(stored.offset, stored.length)
                 return data.view(dtype).reshape(shape)
         try:
             values: NDArray[np.generic] = onnx.numpy_helper.to_array(self.full(tensor))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"tensor {tensor.name!r} cannot be decoded: {error}") from None
+        except (ValueError, TypeError, KeyError, OverflowError, DecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"tensor {tensor.name!r} cannot be decoded: {reason}") from None
         return values
+
+    def data_bytes(self, tensor: onnx.TensorProto) -> int | None:
+        """Bytes that the tensor's data has as a flat array; None where there is no data (a
+        weightless model), where only decoding would tell, and for strings."""
+        if (index := self.reference(tensor)) is not None:
+            stored = self._ranges[index]
+            return stored.length if stored.flat(tensor.data_type) else None
+        if tensor.HasField("raw_data"):
+            return len(tensor.raw_data)
+        if tensor.float_data or tensor.double_data:
+            return 4 * len(tensor.float_data) + 8 * len(tensor.double_data)
+        numbers = len(tensor.int32_data) or len(tensor.int64_data) or len(tensor.uint64_data)
+        return numbers * _dtype(tensor.data_type).itemsize if numbers else None
 
 
 def read(source: Path | onnx.ModelProto, base: Path | None = None) -> tuple[onnx.ModelProto, Store]:
@@ -133,14 +160,20 @@ def read(source: Path | onnx.ModelProto, base: Path | None = None) -> tuple[onnx
     store = Store()
     if isinstance(source, onnx.ModelProto):
         label, base = "the given ModelProto", base or Path()
-        model = _read_proto(source, store)
     else:
         label, base = str(source), base or source.parent
-        file = FileSource(source)
-        model = _parse(_hollow(file, file.map, wire.MODEL, store, label), label)
-    if not model.HasField("graph") or not (model.ir_version or model.opset_import):
-        raise ModelError(f"{label}: not an ONNX model")
-    return _attach_external(model, store, base, label), store
+    try:
+        if isinstance(source, onnx.ModelProto):
+            model = _read_proto(source, store)
+        else:
+            file = FileSource(source)
+            model = _parse(_hollow(file, file.map, wire.MODEL, store, label), label)
+        if not model.HasField("graph") or not (model.ir_version or model.opset_import):
+            raise ModelError(f"{label}: not an ONNX model")
+        return _attach_external(model, store, base, label), store
+    except (DecodeError, EncodeError):
+        reason = "nested deeper, or larger, than protobuf allows"
+        raise ModelError(f"{label}: {reason}") from None
 
 
 def _read_proto(source: onnx.ModelProto, store: Store) -> onnx.ModelProto:
@@ -246,6 +279,10 @@ def _external_range(
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = tensor.name or "(unnamed)"
+    if isinstance(location, bytes):
+        raise ModelError(
+            f"{label}: tensor {name!r} has its data at {location!r}, which is no UTF-8"
+        )
     if not location or PurePosixPath(location).is_absolute() or ".." in Path(location).parts:
         raise ModelError(
             f"{label}: tensor {name!r} has its data at {location!r}, outside of the model's folder"
@@ -270,15 +307,25 @@ def _external_range(
 
 
 def tensor_bytes(data_type: int, dims: Sequence[int]) -> int:
-    """Size in bytes of a dense tensor as raw_data; 0 for strings and undefined types."""
-    count = int(np.prod(np.asarray(dims, dtype=object)))
+    """Size in bytes of a dense tensor as raw_data; 0 for strings and undefined types.
+
+    Raises ModelError for an element type that ONNX does not define.
+    """
+    count = math.prod(dims)
     if data_type in FOUR_BIT:
         return (count + 1) // 2
     if data_type in TWO_BIT:
         return (count + 3) // 4
     if data_type in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
         return 0
-    return count * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type)).itemsize
+    return count * _dtype(data_type).itemsize
+
+
+def _dtype(data_type: int) -> np.dtype[np.generic]:
+    try:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+    except KeyError:
+        raise ModelError(f"a tensor has the unknown element type {data_type}") from None
 
 
 def _types(*names: str) -> frozenset[int]:

@@ -43,14 +43,22 @@ def profile(
     runs: int = 10,
     optimizations: Level = "default",
     custom_ops: Sequence[Path] = (),
+    folder: Path | None = None,
 ) -> list[OpTime]:
     """Time every node of the graph as onnxruntime runs it, slowest first.
 
     Two runs warm up and are not counted. Profiling slows each node by some microseconds: shares
     are meant to be compared with each other, not with timings of the whole model.
     """
-    options = {"threads": threads, "optimizations": optimizations, "custom_ops": custom_ops}
-    trace = _trace(model, feed, runs=runs + 2, **options)
+    trace = _trace(
+        model,
+        feed,
+        runs=runs + 2,
+        threads=threads,
+        optimizations=optimizations,
+        custom_ops=custom_ops,
+        folder=folder,
+    )
     spent: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
     sizes: dict[tuple[str, str, str], int | None] = {}
     for event, own in _own_times([event for run in trace[2:] for event in run]):
@@ -98,6 +106,7 @@ def first_run_memory(
     threads: int = 0,
     optimizations: Level = "default",
     custom_ops: Sequence[Path] = (),
+    folder: Path | None = None,
     memory_reuse: bool = True,
     order: Literal["default", "priority"] = "default",
 ) -> RunMemory | None:
@@ -113,6 +122,7 @@ def first_run_memory(
         threads=threads,
         optimizations=optimizations,
         custom_ops=custom_ops,
+        folder=folder,
         memory_reuse=memory_reuse,
         order=order,
     )
@@ -133,8 +143,8 @@ def _trace(
     model: Path | bytes, feed: Feed, *, runs: int, **options: Any
 ) -> list[list[dict[str, Any]]]:
     """The node events of each run, in the order in which the nodes ended."""
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        with Session(model, profile_prefix=Path(folder) / "trace", **options) as session:
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as temporary:
+        with Session(model, profile_prefix=Path(temporary) / "trace", **options) as session:
             for _ in range(runs):
                 session.run(feed)
             file = session.end_profiling()

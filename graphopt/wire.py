@@ -37,7 +37,7 @@ EXTERNAL_DATA: Final = 13
 DATA_LOCATION: Final = 14
 
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
-MAX_DEPTH: Final = 64  # of nested messages; protobuf itself stops at 100
+MAX_DEPTH: Final = 100  # of nested messages, as in protobuf itself
 
 
 class WireError(ValueError):

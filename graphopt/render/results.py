@@ -1,0 +1,148 @@
+"""The screens of `optimize` and `validate`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.render import text
+from graphopt.report import Report, ValidationRecord
+
+_ROWS = 8  # of every list: the whole account is in the report
+_STYLES = {"proved": "bold green", "failed": "bold red", "unproven": "bold yellow"}
+
+
+def show_report(report: Report, console: Console) -> None:
+    """One screen: sizes, what fired, where the time went, the proof, what was written."""
+    goal = Path(report.target.path).name if report.target else "nothing written"
+    title = Text(f"{text.clean(Path(report.source.path).name)} -> {text.clean(goal)}", style="bold")
+    console.print(title.append(f"   level {report.level}", style="dim"), soft_wrap=True)
+    console.print(text.indented(_sizes(report)))
+    lists = [table for table in (_removed(report), _rules(report), _passes(report)) if table]
+    console.print()
+    text.show_beside(lists, console)
+    lines = proof_lines(report.validation)
+    lines += [("warning", Text(text.clean(w), style="yellow")) for w in report.warnings]
+    if report.target is not None:
+        written = f"{text.clean(report.target.path)}, {text.size(report.target.bytes)}"
+        lines.append(("written", f"{written}, in {text.duration(report.seconds)}"))
+    console.print(text.facts(lines))
+
+
+def _sizes(report: Report) -> Table:
+    before, after = report.before, report.after
+    rows: list[tuple[str, int, int, Callable[[float], str]]] = [
+        ("nodes", before.nodes, after.nodes, "{:,}".format),
+        ("parameters", before.parameters, after.parameters, text.count),
+        ("weights", before.weight_bytes, after.weight_bytes, text.size),
+    ]
+    if report.target is not None:
+        rows.append(("file", report.source.bytes, report.target.bytes, text.size))
+    table = text.table("", "before", "after", "change")
+    for name, old, new, unit in rows:
+        delta = text.change(old, new)
+        style = "green" if new < old else "red" if new > old else "dim"
+        table.add_row(name, unit(old), unit(new), Text(delta, style=style))
+    return table
+
+
+def _removed(report: Report) -> Table | None:
+    """Operators that there are fewer of, those that lost most first."""
+    before, after = report.before.operators, report.after.operators
+    lost = Counter({name: n - after.get(name, 0) for name, n in before.items()})
+    top = [(name, n) for name, n in lost.most_common() if n > 0]
+    if not top:
+        return None
+    table = text.table("operator", "before", "after", "removed")
+    for name, n in top[:_ROWS]:
+        table.add_row(text.clean(name), str(before[name]), str(after.get(name, 0)), str(n))
+    return _and_more(table, len(top))
+
+
+def _rules(report: Report) -> Table | None:
+    fired = Counter(change.rule for step in report.passes for change in step.changes)
+    if not fired:
+        return None
+    table = text.table("rule", "fired")
+    for rule, times in fired.most_common(_ROWS):
+        table.add_row(rule, f"{times} x")
+    return _and_more(table, len(fired))
+
+
+def _passes(report: Report) -> Table | None:
+    if not report.passes:
+        return None
+    table = text.table("pass", "seconds")
+    steps = sorted(report.passes, key=lambda step: -step.seconds)
+    shown = steps[:_ROWS]
+    for step in (step for step in report.passes if step in shown):
+        name = Text(text.clean(step.text), style="red" if step.error else "")
+        table.add_row(name, f"{step.seconds:.3f}")
+    return _and_more(table, len(steps))
+
+
+def _and_more(table: Table, rows: int) -> Table:
+    if rows > _ROWS:
+        table.add_row(Text(f"and {rows - _ROWS} more", style="dim"))
+    return table
+
+
+def proof_lines(proof: ValidationRecord) -> list[tuple[str, Text | str]]:
+    """The proof: its verdict, the error against the noise floor, and what it stands on."""
+    line = Text(proof.verdict, style=_STYLES.get(proof.verdict, "bold"))
+    if proof.reason:
+        line.append(f": {text.clean(proof.reason)}", style="not bold default")
+    lines: list[tuple[str, Text | str]] = [("validation", line)]
+    if proof.outputs:
+        lines.append(
+            (
+                "error",
+                f"{text.error(proof.error)} against a noise floor of {text.error(proof.noise)}"
+                f" (tolerance {text.error(proof.tolerance)})",
+            )
+        )
+    if proof.feeds:
+        proving = sorted(output.feeds for output in proof.outputs) or [0]
+        span = "-".join(str(n) for n in dict.fromkeys((proving[0], proving[-1])))
+        stated = f"{len(proof.feeds)}, {span} of them proving; {text.duration(proof.seconds)}"
+        lines.append(("feeds", stated))
+    return lines + [("note", text.clean(note)) for note in proof.notes]
+
+
+def show_validation(proof: ValidationRecord, console: Console) -> None:
+    """A table with a row per output, then the verdict."""
+    if proof.outputs:
+        console.print(_outputs(proof))
+        console.print()
+    reasons = [(text.clean(o.name), text.clean(o.reason)) for o in proof.outputs if o.reason]
+    lines: list[tuple[str, Text | str]] = [("output", f"{n}: {why}") for n, why in reasons]
+    console.print(text.facts([*lines, *proof_lines(proof)]))
+
+
+def _outputs(proof: ValidationRecord) -> Table:
+    table = text.table(
+        "output", "signal", "noise", "error off", "default", "SQNR", "used", "verdict"
+    )
+    for output in proof.outputs:
+        sqnr = "exact" if output.sqnr_db is None else f"{output.sqnr_db:.0f} dB"
+        table.add_row(
+            text.clean(output.name),
+            f"{output.signal:.2g}",
+            text.error(output.noise),
+            text.error(output.error_off),
+            text.error(output.error_default),
+            sqnr,
+            _used(output.used),
+            Text(output.verdict, style=_STYLES.get(output.verdict, "")),
+        )
+    return table
+
+
+def _used(share: float) -> str:
+    """The share of the allowed error: 12 %, or 2000 x where it is far beyond."""
+    return f"{100 * share:.2g} %" if share < 1 else f"{share:,.1f} x"

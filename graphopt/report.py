@@ -1,0 +1,190 @@
+"""What a run did, as one versioned schema: the command prints it, `--report` and `--json` save it.
+
+Readers may rely on it: within one `schema_version` fields are only added.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from graphopt.ir import Model, Weight
+from graphopt.manager import PassRun
+
+SCHEMA_VERSION: Final = 1
+Verdict = Literal["proved", "failed", "unproven", "skipped"]
+
+
+class Record(BaseModel):
+    """Base of all parts: immutable, unknown fields refused. Infinite numbers stay numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class FileInfo(Record):
+    """A model on disk."""
+
+    path: str
+    bytes: int = Field(description="model file and external data together")
+
+
+class GraphStats(Record):
+    """Sizes of a graph, bodies of If, Loop and Scan included."""
+
+    nodes: int
+    operators: dict[str, int] = Field(description="nodes by operator, most frequent first")
+    initializers: int
+    parameters: int = Field(description="elements of floating-point initializers and Constants")
+    weight_bytes: int = Field(description="bytes of all initializers and Constants, shared once")
+
+
+class ChangeRecord(Record):
+    """One rewrite: the value it stands on and the graph text before and after."""
+
+    rule: str
+    root: str
+    before: str
+    after: str
+
+
+class PassRecord(Record):
+    """One pass of the pipeline; `error` is set where it failed and was undone."""
+
+    text: str
+    seconds: float
+    changes: list[ChangeRecord]
+    error: str = ""
+
+
+class FeedRecord(Record):
+    """One set of inputs both models ran on."""
+
+    kind: str = Field(description="given, or how the values were drawn")
+    shapes: dict[str, list[int]]
+
+
+class OutputRecord(Record):
+    """How one output compares. Errors and noise are relative to how much the output varies."""
+
+    name: str
+    type: str
+    feeds: int = Field(description="feeds that could prove something about this output")
+    signal: float = Field(description="largest deviation of the output from its mean over feeds")
+    noise: float = Field(description="largest spread of the original, optimisations off and on")
+    error_off: float = Field(description="largest error with onnxruntime's optimisations off")
+    error_default: float = Field(description="largest error as users run it")
+    used: float = Field(description="share of the allowed error that was used; above 1 fails")
+    sqnr_db: float | None = Field(description="signal to error ratio in dB, None where exact")
+    verdict: Verdict
+    reason: str = ""
+
+
+class ValidationRecord(Record):
+    """Original against candidate."""
+
+    verdict: Verdict
+    reason: str = ""
+    tolerance: float = Field(default=0.0, description="of the narrowest float type computed in")
+    feeds: list[FeedRecord] = []
+    outputs: list[OutputRecord] = []
+    notes: list[str] = []
+    seconds: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """The noise floor: the original's largest spread on any output."""
+        return max((output.noise for output in self.outputs), default=0.0)
+
+    @property
+    def error(self) -> float:
+        """The candidate's largest error on any output, either way of running."""
+        return max((max(o.error_off, o.error_default) for o in self.outputs), default=0.0)
+
+
+class Host(Record):
+    """Where the run took place."""
+
+    cpu: str
+    features: list[str]
+    system: str
+    python: str
+    versions: dict[str, str]
+
+
+class Report(Record):
+    """One run of `optimize`."""
+
+    schema_version: int = SCHEMA_VERSION
+    graphopt: str
+    host: Host
+    source: FileInfo
+    target: FileInfo | None = Field(description="None where nothing was written")
+    level: int
+    pipeline: str
+    opsets: dict[str, int]
+    before: GraphStats
+    after: GraphStats
+    passes: list[PassRecord]
+    validation: ValidationRecord
+    warnings: list[str]
+    seconds: float
+
+
+def stats(model: Model) -> GraphStats:
+    """Count nodes and weights; reads no weight."""
+    operators: Counter[str] = Counter()
+    weights: list[Weight] = [v.weight for g in model.graphs() for v in g.initializers if v.weight]
+    initializers = len(weights)
+    for node in model.nodes():
+        operators[f"{node.domain}::{node.op}" if node.domain else node.op] += 1
+        for attribute in node.proto.attribute if node.op == "Constant" else ():
+            if attribute.HasField("t"):
+                weights.append(Weight(attribute.t, model.store))
+            elif attribute.HasField("sparse_tensor"):
+                weights.append(Weight(attribute.sparse_tensor, model.store))
+    return GraphStats(
+        nodes=sum(operators.values()),
+        operators=dict(operators.most_common()),
+        initializers=initializers,
+        parameters=sum(weight.size for weight in weights if weight.is_float),
+        weight_bytes=sum(weight.nbytes for weight in weights),
+    )
+
+
+def pass_record(run: PassRun) -> PassRecord:
+    """A pass run in the report's terms."""
+    changes = [
+        ChangeRecord(rule=c.rule, root=c.root, before=c.before, after=c.after) for c in run.changes
+    ]
+    return PassRecord(text=run.text, seconds=run.seconds, changes=changes, error=run.error)
+
+
+def file_info(path: Path, files: list[Path] | None = None) -> FileInfo:
+    """Size of a model with the files beside it that it refers to."""
+    return FileInfo(path=str(path), bytes=sum(f.stat().st_size for f in files or [path]))
+
+
+def host() -> Host:
+    """This machine: CPU with the features that decide about int8, versions that decide the rest."""
+    import archspec.cpu
+
+    cpu = archspec.cpu.host()
+    interesting = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    packages = ("onnx", "onnxruntime", "numpy")
+    return Host(
+        cpu=cpu.name,
+        features=[name for name in interesting if name in cpu.features],
+        system=platform.platform(),
+        python=platform.python_version(),
+        versions={name: metadata.version(name) for name in packages},
+    )
+
+
+def version() -> str:
+    """graphopt's own version."""
+    return metadata.version("graphopt")
