@@ -91,7 +91,7 @@ def _usual(axis: int, dims: Sequence[onnx.TensorShapeProto.Dimension]) -> int:
         return SEQUENCE
     # the axis of the channels: the last where that is as few as colours are, else the second
     channels = len(dims) - 1 if 0 < dims[-1].dim_value <= 4 else 1
-    if dims[channels].dim_value > 4 and sum(not d.dim_value for d in dims[1:]) == 1:
+    if dims[channels].dim_value not in (0, 1, 3) and sum(not d.dim_value for d in dims[1:]) == 1:
         return SEQUENCE  # as in caches: (batch, heads, length, size)
     return CHANNELS if axis == channels else IMAGE_SIDE
 

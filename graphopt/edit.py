@@ -101,6 +101,16 @@ class Editor:
         graph._set_inputs([other for other in before if other is not value])
         self._journal.append(lambda: graph._set_inputs(before))
 
+    def adopt(self, other: Model) -> None:
+        """Let the model be `other`, for passes that make a new graph instead of editing this one."""
+        before = self.model.proto, self.model.graph
+
+        def undo() -> None:
+            self.model.proto, self.model.graph = before
+
+        self.model.proto, self.model.graph = other.proto, other.graph
+        self._journal.append(undo)
+
     def _remove_value(self, graph: Graph, value: Value) -> None:
         graph._remove_value(value)
         self._journal.append(lambda: graph._restore_value(value))

@@ -13,6 +13,7 @@ import onnx
 from graphopt.errors import ModelError
 from graphopt.ir import Graph, Model, Node, Value, Weight
 from graphopt.operators import is_known
+from graphopt.sources import shown
 from graphopt.storage import Store, read, tensor_bytes
 
 _CONSTANT_INPUTS_BELOW_IR: Final = 4  # before, every initializer had to be listed as an input too
@@ -21,7 +22,11 @@ _CONSTANT_INPUTS_BELOW_IR: Final = 4  # before, every initializer had to be list
 def import_model(source: Path | onnx.ModelProto, base: Path | None = None) -> Model:
     """Read and resolve a model. Raises ModelError for a broken file or graph."""
     proto, store = read(source, base)
-    label = str(source) if isinstance(source, Path) else "model"
+    return build(proto, store, shown(source) if isinstance(source, Path) else "model")
+
+
+def build(proto: onnx.ModelProto, store: Store, label: str) -> Model:
+    """Resolve a hollow model whose weights are in `store`. Raises ModelError for a broken graph."""
     importer = _Importer(store, label)
     for entry in proto.opset_import:
         importer.check_text(entry.domain)

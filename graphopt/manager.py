@@ -53,6 +53,9 @@ def run_pipeline(
         started = time.perf_counter()
         try:
             step.run(model, edit)
+        except UsageError:
+            edit.undo_to(mark)
+            raise  # the user can correct it: better now than a result without the pass
         except Exception as failure:  # a plugin's fault must not cost the user the other passes
             _log.exception("pass %s failed and was undone", step.name)
             error = f"{type(failure).__name__}: {failure}"

@@ -60,23 +60,23 @@ class FileSource:
         try:
             mode = path.stat().st_mode  # first: opening a pipe would wait for its writer
             if stat.S_ISDIR(mode):
-                raise ModelError(f"{path}: this is a directory, not an ONNX file")
+                raise ModelError(f"{shown(path)}: this is a directory, not an ONNX file")
             if not stat.S_ISREG(mode):
-                raise ModelError(f"{path}: this is not a regular file")
+                raise ModelError(f"{shown(path)}: this is not a regular file")
             with path.open("rb") as stream:
                 self._descriptor = os.dup(stream.fileno())
         except FileNotFoundError:
-            raise ModelError(f"{path}: no such file") from None
+            raise ModelError(f"{shown(path)}: no such file") from None
         except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+            raise ModelError(f"{shown(path)}: cannot be read: {error.strerror}") from None
         except ValueError:  # a NUL in the name
-            raise ModelError(f"{str(path)!r}: no file can have this name") from None
+            raise ModelError(f"{shown(path)}: no file can have this name") from None
         self.path = path
         status = os.fstat(self._descriptor)
         self.nbytes = status.st_size
         self.identity = (status.st_dev, status.st_ino)
         if self.nbytes == 0:
-            raise ModelError(f"{path}: the file is empty")
+            raise ModelError(f"{shown(path)}: the file is empty")
         self.map: mmap.mmap = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
 
     def __del__(self) -> None:
@@ -111,6 +111,12 @@ class FileSource:
                 break
             offset += copied
         return offset
+
+
+def shown(path: Path) -> str:
+    """The path as messages of one line show it."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def write_all(descriptor: int, data: memoryview | bytes | bytearray) -> None:

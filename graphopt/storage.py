@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from graphopt import wire
 from graphopt.errors import ModelError
-from graphopt.sources import FileSource, MemorySource, Source
+from graphopt.sources import FileSource, MemorySource, Source, shown
 
 HOLLOW_OVER: Final = 1024  # bytes; smaller tensors stay in the proto (shapes, scales, axes)
 _LOCATION_ENTRY: Final = b"\x0a\x08location"  # how an external_data entry with that key starts
@@ -147,6 +147,8 @@ class Store:
         if tensor.float_data or tensor.double_data:
             return 4 * len(tensor.float_data) + 8 * len(tensor.double_data)
         numbers = len(tensor.int32_data) or len(tensor.int64_data) or len(tensor.uint64_data)
+        if tensor.data_type in _SIX_BIT:  # one a number here, unlike the smaller types
+            return tensor_bytes(tensor.data_type, [numbers]) if numbers else None
         return numbers * _dtype(tensor.data_type).itemsize if numbers else None
 
 
@@ -161,7 +163,7 @@ def read(source: Path | onnx.ModelProto, base: Path | None = None) -> tuple[onnx
     if isinstance(source, onnx.ModelProto):
         label, base = "the given ModelProto", base or Path()
     else:
-        label, base = str(source), base or source.parent
+        label, base = shown(source), base or source.parent
     try:
         if isinstance(source, onnx.ModelProto):
             model = _read_proto(source, store)
@@ -312,10 +314,8 @@ def tensor_bytes(data_type: int, dims: Sequence[int]) -> int:
     Raises ModelError for an element type that ONNX does not define.
     """
     count = math.prod(dims)
-    if data_type in FOUR_BIT:
-        return (count + 1) // 2
-    if data_type in TWO_BIT:
-        return (count + 3) // 4
+    if data_type in _PACKED_BITS:
+        return (count * _PACKED_BITS[data_type] + 7) // 8
     if data_type in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
         return 0
     return count * _dtype(data_type).itemsize
@@ -333,8 +333,13 @@ def _types(*names: str) -> frozenset[int]:
     return frozenset(known[name] for name in names if name in known)
 
 
-FOUR_BIT: Final = _types("INT4", "UINT4", "FLOAT4E2M1")
-TWO_BIT: Final = _types("INT2", "UINT2")
+_SIX_BIT: Final = _types("FLOAT6E2M3", "FLOAT6E3M2")
+# Bits of an element in raw_data, of the types that fill no byte.
+_PACKED_BITS: Final = {
+    **dict.fromkeys(_types("INT4", "UINT4", "FLOAT4E2M1"), 4),
+    **dict.fromkeys(_types("INT2", "UINT2"), 2),
+    **dict.fromkeys(_SIX_BIT, 6),
+}
 
 
 def positions(data: bytes, pattern: bytes) -> list[int]:

@@ -246,8 +246,8 @@ def _nodes(
     graph: onnx.GraphProto, outer: frozenset[str]
 ) -> Iterator[tuple[onnx.NodeProto, frozenset[str]]]:
     """Every node, bodies included, with the names of the constants that it can see."""
+    # onnxruntime writes Constant nodes as initializers, at every level.
     constants = outer | {tensor.name for tensor in graph.initializer}
-    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     for node in graph.node:
         yield node, constants
         for attribute in node.attribute:

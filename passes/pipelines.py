@@ -9,9 +9,10 @@ from graphopt.manager import Pass, parse_pipeline
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
 from graphopt.passes.canonicalize.remove_identity import RemoveIdentity
+from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 
 PASSES: Final[dict[str, type[Pass]]] = {
-    kind.name: kind for kind in (FreezeParameters, RemoveIdentity, RemoveDead)
+    kind.name: kind for kind in (FreezeParameters, RemoveIdentity, RemoveDead, Graphsurgeon)
 }
 
 _CLEANUP: Final = "freeze-parameters, remove-identity, remove-dead"

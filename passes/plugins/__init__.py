@@ -1,0 +1,1 @@
+"""Passes that run code of the user's own."""
