@@ -80,6 +80,7 @@ def optimize(
         tell("reading", None)
         model = Model.load(path)
         before = records.stats(model)
+        read = _source_info(path, model)  # now: it may be about to be replaced
         runs = run_pipeline(model, steps, lambda name: tell(name, None))
         tell("writing", None)
         with output_errors(staged):
@@ -97,7 +98,7 @@ def optimize(
         result = Report(
             graphopt=records.version(),
             host=records.host(),
-            source=_source_info(path, model),
+            source=read,
             target=written,
             level=level,
             pipeline=", ".join(run.text for run in runs),

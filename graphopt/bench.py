@@ -5,46 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from graphopt.probe import probe
-from graphopt.report import Host, Record, host
+from graphopt.report import BenchEntry, BenchRecord, host
 from graphopt.runtime import Feed
 from graphopt.timing import time_paired
-
-SCHEMA_VERSION: Final = 1
-
-
-class BenchEntry(Record):
-    """One model. Ratios are time of the first model divided by this one's: above 1 is faster."""
-
-    path: str
-    ms: float = Field(description="median milliseconds per run, with quartiles")
-    ms_low: float
-    ms_high: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    load_seconds: float = Field(description="in a fresh process, the file in the page cache")
-    first_run_seconds: float
-    peak_bytes: int = Field(description="resident memory of load and first run, above the start's")
-
-
-class BenchRecord(Record):
-    """What `graphopt bench` measured."""
-
-    schema_version: int = SCHEMA_VERSION
-    host: Host
-    shapes: dict[str, list[int]] = Field(description="of the feed")
-    threads: int = Field(description="0: onnxruntime's default, all cores")
-    confidence: float
-    blocks: int = Field(description="fresh sessions of every model")
-    runs: int = Field(description="timed runs of every model")
-    seconds: float
-    models: list[BenchEntry]
 
 
 def bench(

@@ -15,7 +15,7 @@ from graphopt.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graphopt.report import Record
+    from graphopt.report import BenchRecord, Record
 
 app = typer.Typer(
     add_completion=False,
@@ -48,7 +48,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log and
 def main() -> None:
     """Entry point of the console script."""
     shell.prepare()
-    app()
+    app(prog_name="graphopt")
 
 
 def _print_version(wanted: bool) -> None:
@@ -136,36 +136,45 @@ def optimize(
                 if not json:
                     _show(lambda console: show_validation(proof, console))
             raise
-        save(result.report)
+        record = result.report
+        save(record)
+        if bench:
+            found = _bench([source, output], data=data, seed=seed, custom_ops=custom_ops or [])
+            record = record.model_copy(update={"bench": found})
+            save(record)
     if json:
-        _print_json(result.report)
+        _print_json(record)
     else:
-        _show(lambda console: show_report(result.report, console))
-    if bench:
-        _bench_pair(source, output, data, seed, custom_ops or [], err=json)
+        _show(lambda console: show_report(record, console))
 
 
-def _bench_pair(
-    source: Path, output: Path, data: str | None, seed: int, custom_ops: list[Path], err: bool
-) -> None:
-    """One line that says how much faster the result is."""
+def _bench(
+    models: list[Path],
+    *,
+    data: str | None,
+    seed: int,
+    custom_ops: list[Path],
+    shapes: dict[str, list[int]] | None = None,
+    threads: int = 0,
+    seconds: float = 20.0,
+) -> BenchRecord:
+    """Time the models against the first of them, on a feed that the first one accepts."""
+    from graphopt import bench as measure
     from graphopt.proposals import first_feed
-    from graphopt.render.listings import speed_line
     from graphopt.render.progress import progress
-    from graphopt.timing import time_paired
 
     with progress() as tell:
-        tell("timing", 0.0)
-        feed = first_feed(source, data=data, seed=seed)
-        timed = time_paired(
-            [source, output],
+        tell("looking for a feed", None)
+        feed = first_feed(models[0], data=data, shapes=shapes, seed=seed, custom_ops=custom_ops)
+        return measure.bench(
+            models,
             feed,
+            threads=threads,
+            seconds=seconds,
             seed=seed,
             custom_ops=custom_ops,
-            progress=lambda share: tell("timing", share),
+            progress=tell,
         )
-    with shell.printing():
-        typer.echo(speed_line(timed), err=err)
 
 
 @app.command(short_help="Compare model B with its original A.")
@@ -230,26 +239,26 @@ def bench(
     data: Data = None,
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 20.0,
+    custom_ops: CustomOps = None,
     seed: Seed = 0,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Time models against the first of them, interleaved, with load time and memory."""
-    from graphopt import bench as measure
     from graphopt.ir import Model
-    from graphopt.proposals import first_feed
     from graphopt.render.listings import show_bench
-    from graphopt.render.progress import progress
 
-    with progress() as tell:
-        tell("reading", None)
-        for path in models:
-            Model.load(path)  # a file that is no model is said so before anything is timed
-        tell("looking for a feed", None)
-        feed = first_feed(models[0], data=data, shapes=_shapes(shape), seed=seed)
-        found = measure.bench(
-            models, feed, threads=threads, seconds=seconds, seed=seed, progress=tell
-        )
+    for path in models:
+        Model.load(path)  # a file that is no model is said so before anything is timed
+    found = _bench(
+        models,
+        data=data,
+        seed=seed,
+        custom_ops=custom_ops or [],
+        shapes=_shapes(shape),
+        threads=threads,
+        seconds=seconds,
+    )
     if json:
         _print_json(found)
     else:

@@ -32,6 +32,8 @@ Attempt = Callable[[Mapping[str, Any]], str | None]
 """Runs a feed: None where the model accepts it, else the reason."""
 
 _MAX_MODES: Final = 32  # combinations of modes worth trying
+# What reading an array out of a broken archive raises, by where it is broken.
+_DAMAGE: Final = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def given_feeds(spec: str, session: Session, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -44,7 +46,7 @@ def given_feeds(spec: str, session: Session, limit: int | None = None) -> Iterat
     optional = {port.name: port for port in session.overridable}
 
     def attempt(feed: Mapping[str, Any]) -> str | None:
-        return refusal(session, feed)
+        return refusal(session, _checked(spec, feed, ports, optional))
 
     path = Path(spec)
     if path.is_dir():
@@ -98,17 +100,27 @@ def _cast(spec: str, port: Port, value: Any) -> Any:
     array = np.asarray(value)
     if array.dtype == port.dtype or port.dtype.kind in "OUS":
         return array
+    if array.dtype.kind == "V" and port.foreign and array.itemsize == port.dtype.itemsize:
+        return array.view(port.dtype)  # .npy files do not name the types of ml_dtypes
     if not np.can_cast(array.dtype, port.dtype, "same_kind"):
         raise DataError(
             f"data {spec}: input {port.name!r} is {array.dtype}, the model reads {port.dtype}"
         )
-    return array.astype(port.dtype)
+    with np.errstate(over="ignore"):
+        cast = array.astype(port.dtype)
+    if array.dtype.kind in "iu" and not np.array_equal(cast.astype(array.dtype), array):
+        raise DataError(
+            f"data {spec}: input {port.name!r} holds integers beyond {port.dtype}, "
+            "which the model reads"
+        )
+    return cast
 
 
 def _directory(folder: Path) -> Iterator[dict[str, Any]]:
     for file in sorted(folder.glob("*.npz")):
         with _open(file) as archive:
-            yield {name: archive[name] for name in archive.files}
+            names = archive.files
+        yield {name: _array(file, name) for name in names}
 
 
 def _open(file: Path) -> Any:
@@ -128,14 +140,18 @@ def _function(spec: str) -> Iterator[dict[str, Any]]:
     try:
         module = load_module(module_name)
         feeds = getattr(module, name)()
+        if not isinstance(feeds, Iterable):
+            raise DataError(f"data {spec}: {name}() returns {type(feeds).__name__}, not feeds")
+        for feed in feeds:
+            if not isinstance(feed, Mapping):
+                kind = type(feed).__name__
+                raise DataError(f"data {spec}: a feed is a dict of arrays, not {kind}")
+            yield dict(feed)
+    except DataError:
+        raise
     except Exception as error:  # the user's own code: whatever it raises is the answer
-        raise DataError(f"data {spec}: {type(error).__name__}: {error}") from error
-    if not isinstance(feeds, Iterable):
-        raise DataError(f"data {spec}: {name}() returns {type(feeds).__name__}, not feeds")
-    for feed in feeds:
-        if not isinstance(feed, Mapping):
-            raise DataError(f"data {spec}: a feed is a dict of arrays, not {type(feed).__name__}")
-        yield dict(feed)
+        said = " ".join(str(error).split())
+        raise DataError(f"data {spec}: {type(error).__name__}: {said}") from error
 
 
 def load_module(name: str) -> Any:
@@ -155,13 +171,13 @@ def _npz(
 ) -> Iterator[dict[str, Any]]:
     """Feeds of one archive, read row by row, in the layout that the model accepts."""
     with _open(file) as archive:
-        present = set(archive.files)
+        present = archive.files
     wanted = {name: port for name, port in {**optional, **ports}.items() if name in present}
     missing = [name for name in ports if name not in present]
     if missing or not wanted:
         return iter([dict.fromkeys(present)])  # `_checked` says what is missing
     headers = {name: _header(file, name) for name in wanted}
-    scalars = {name: _scalar(file, name) for name, shape in headers.items() if not shape}
+    scalars = {name: _array(file, name) for name, shape in headers.items() if not shape}
     wanted = {name: port for name, port in wanted.items() if name not in scalars}
     headers = {name: shape for name, shape in headers.items() if shape}
     if not wanted:
@@ -173,7 +189,7 @@ def _npz(
     for modes, batch in _layouts(wanted, headers):
         first = next(_rows(file, wanted, modes, batch), None)
         if first is None:
-            break
+            continue
         if (reason := attempt(scalars | first)) is None:
             return (scalars | feed for feed in _rows(file, wanted, modes, batch))
         reasons.append(reason)
@@ -187,7 +203,7 @@ def _layouts(
 ) -> Iterator[tuple[dict[str, Mode], int]]:
     """How the arrays may be meant, the declared way first: modes per input, rows per feed."""
     declared: dict[str, Mode] = {
-        name: "feeds" if len(headers[name]) > len(port.shape) else "rows"
+        name: "feeds" if _has_feed_axis(headers[name], port) else "rows"
         for name, port in wanted.items()
     }
     fixed = [
@@ -200,9 +216,14 @@ def _layouts(
     every = itertools.product(options, repeat=len(wanted))
     combinations = [declared, *(dict(zip(wanted, modes, strict=True)) for modes in every)]
     for modes in combinations[:_MAX_MODES]:
-        yield modes, batch
-        if batch > 1:
-            yield modes, 1
+        if batch > 1 and "feeds" not in modes.values():
+            yield modes, batch
+        yield modes, 1
+
+
+def _has_feed_axis(shape: tuple[int, ...], port: Port) -> bool:
+    # an unknown rank reads as (), as a scalar does: only a single axis can enumerate scalars
+    return len(shape) > len(port.shape) if port.shape else len(shape) == 1
 
 
 def _rows(
@@ -212,17 +233,18 @@ def _rows(
     with ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(file))
         streams = {name: stack.enter_context(archive.open(f"{name}.npy")) for name in names}
-        readers = {name: _Rows(stream) for name, stream in streams.items()}
+        try:
+            readers = {name: _Rows(stream) for name, stream in streams.items()}
+        except _DAMAGE as error:
+            raise DataError(f"data {file}: damaged: {error}") from None
         count = min(reader.count for reader in readers.values())
         for _ in range(count // batch):
             try:
                 chunks = {name: reader.next(batch) for name, reader in readers.items()}
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            except _DAMAGE as error:
                 raise DataError(f"data {file}: damaged: {error}") from None
             yield {
-                name: chunk if modes[name] == "rows" else chunk[0]
-                for name, chunk in chunks.items()
-                if modes[name] == "rows" or batch == 1
+                name: chunk if modes[name] == "rows" else chunk[0] for name, chunk in chunks.items()
             }
 
 
@@ -252,14 +274,17 @@ def _header(file: Path, name: str) -> tuple[int, ...]:
     try:
         with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as stream:
             return _npy_header(stream)[0]
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (*_DAMAGE, KeyError) as error:
         raise DataError(f"data {file}: {name} cannot be read: {error}") from None
 
 
-def _scalar(file: Path, name: str) -> Array:
-    """An array without axes is the same in every feed."""
+def _array(file: Path, name: str) -> Array:
+    """One array of an archive as a whole."""
     with _open(file) as archive:
-        return np.asarray(archive[name])
+        try:
+            return np.asarray(archive[name])
+        except _DAMAGE as error:
+            raise DataError(f"data {file}: {name} cannot be read: {error}") from None
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -102,7 +102,7 @@ class Editor:
         self._journal.append(lambda: graph._set_inputs(before))
 
     def adopt(self, other: Model) -> None:
-        """Let the model be `other`, for passes that make a new graph instead of editing this one."""
+        """Let the model be `other`, for passes that make a new graph instead of editing one."""
         before = self.model.proto, self.model.graph
 
         def undo() -> None:

@@ -10,7 +10,13 @@ import numpy as np
 import onnx
 
 from graphopt.ir import Node, Value
-from graphopt.operators import COMPARISONS, INDEX_SLOTS, PASSES_VALUES_ON, SHAPE_SLOTS
+from graphopt.operators import (
+    COMPARISONS,
+    INDEX_SLOTS,
+    PASSES_VALUES_ON,
+    SHAPE_SLOTS,
+    STORAGE_READERS,
+)
 from graphopt.runtime import Array
 from graphopt.storage import HOLLOW_OVER
 
@@ -67,6 +73,10 @@ def constant_array(value: Value | None) -> Array | None:
 
 
 def _constant_shape(value: Value | None) -> tuple[int, ...] | None:
+    while value is not None and value.producer is not None:
+        if value.producer.op not in STORAGE_READERS:
+            break
+        value = value.producer.inputs[0]  # a table kept in a narrower type
     if value is None:
         return None
     if value.weight is not None:

@@ -204,9 +204,18 @@ class _Importer:
             names = {entry.value for entry in info.initialization_binding}
             names |= {entry.key for entry in info.initialization_binding}
             names |= {entry.key for entry in info.update_binding}
-            for node in itertools.chain(info.algorithm.node, info.initialization.node):
-                names.update(node.input)
+            names |= _names_read(info.algorithm) | _names_read(info.initialization)
             graph.pinned.update(graph.values[name] for name in names if name in graph.values)
+
+
+def _names_read(graph: onnx.GraphProto) -> set[str]:
+    names: set[str] = set()
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                names |= _names_read(body)
+    return names
 
 
 def in_order(nodes: list[Node], label: str) -> list[Node]:

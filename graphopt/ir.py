@@ -173,7 +173,8 @@ class Node:
     @property
     def label(self) -> str:
         """How messages call the node: its name, or what it computes."""
-        first = next((value.name for value in self.outputs if value is not None), "")
+        stated = next((name for name in self.proto.output if name), "")
+        first = next((value.name for value in self.outputs if value is not None), stated)
         name = self.name if self.name.isprintable() else repr(self.name)
         return f"{self.op} {name or repr(first)}"
 

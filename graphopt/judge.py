@@ -127,9 +127,10 @@ def judge(
 ) -> Judgement:
     """The candidate on one feed, run in each of the `ways`."""
     noise, informative = noise_of(state, index, signal)
-    if not informative:
-        return Judgement(False, signal.largest, noise.largest)
     reference = state.runs["original off"][index]
+    if not informative:
+        used, problem = _disproof(state, index, tolerance, ways)
+        return Judgement(False, signal.largest, noise.largest, used=used, problem=problem)
     allowed = Norms(
         max(tolerance, NOISE_FACTOR * noise.largest), max(tolerance, NOISE_FACTOR * noise.rms)
     )
@@ -148,6 +149,31 @@ def judge(
     return Judgement(
         True, signal.largest, noise.largest, off.largest, default.largest, off.rms, used, problem
     )
+
+
+def _disproof(
+    state: OutputState, index: int, tolerance: float, ways: Sequence[str]
+) -> tuple[float, str]:
+    """How the candidate provably differs on a feed that cannot prove it right, and the share used.
+
+    Two models that agree on a constant or an empty output may differ elsewhere; two that do not
+    agree on it differ. Values are relative to the output's own magnitude, and compared only where
+    the original repeats them within the tolerance; zeros have no magnitude to compare with.
+    """
+    reference, default = (state.runs[f"original {way}"][index] for way in ("off", "default"))
+    scale = _magnitude(reference)
+    if not _same_form(reference, default):
+        return 0.0, ""
+    noise = difference(reference, default).over(scale).largest
+    for way in ways if noise <= tolerance else ():
+        run = state.runs[f"candidate {way}"][index]
+        if _same_form(reference, run) and is_float(reference) and scale.largest == 0:
+            continue
+        error, fault = _compare(reference, run, scale)
+        share = error.largest / max(tolerance, NOISE_FACTOR * noise)
+        if fault or share > 1:
+            return share, fault or f"error {error.largest:.2g} of what is constant"
+    return 0.0, ""
 
 
 def _compare(reference: Flat, run: Flat, signal: Norms) -> tuple[Norms, str]:

@@ -45,24 +45,45 @@ def depends_on_values(model: Model, output: str) -> bool:
     start = model.graph.values.get(output)
     if start is None:
         return True
-    return any(value.is_input and value.constant is None for value in _sources(start))
+    return any(
+        value in model.graph.input_set and value.constant is None for value in _sources(start)
+    )
 
 
 def narrowest_float(model: Model) -> str:
     """The narrowest float type that the graph computes in, as a key of `judge.TOLERANCES`."""
     found = {"float64"}
     for graph in model.graphs():
-        for info in graph.value_info.values():
-            found.add(_kind(info.type.tensor_type.elem_type))
-        for value in graph.initializers:
-            # a type that is only widened when read is storage, nothing is rounded to it again
-            if value.weight and any(node.op not in STORAGE_READERS for node in value.consumers):
-                found.add(_kind(value.weight.data_type))
+        for value in graph.values.values():
+            stored = _stored_type(value)
+            if stored is None:
+                info = graph.value_info.get(value.name)
+                found.add(_kind(info.type.tensor_type.elem_type) if info is not None else "")
+            elif not _is_storage(value):
+                found.add(_kind(stored))
         for node in graph.nodes:
             target = node.attribute("to")
             if target is not None:
                 found.add(_kind(target.i))
     return max(found - {""}, key=_NARROWING.index)
+
+
+def _stored_type(value: Value) -> int | None:
+    """Element type of an initializer or a Constant node's tensor; None for what is computed."""
+    if value.weight is not None:
+        return value.weight.data_type
+    node = value.producer
+    if node is None or node.op != "Constant" or node.domain:
+        return None
+    stated = node.attribute("value")
+    return stated.t.data_type if stated is not None else None
+
+
+def _is_storage(value: Value) -> bool:
+    """True where the values are only widened when read: nothing is rounded to their type again."""
+    return not value.is_output and all(
+        node.op in STORAGE_READERS and value not in node.inputs[1:] for node in value.consumers
+    )
 
 
 def decibels(relative_rms: float) -> float | None:

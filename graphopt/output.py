@@ -253,11 +253,8 @@ class Target:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.path = path.resolve() if path.is_symlink() else path
-        except (OSError, RuntimeError):
-            raise OutputError(f"{path}: cannot be written: a loop of symbolic links") from None
         with output_errors(path):
+            self.path = _behind_links(path)
             if self.path.exists() and not self.path.is_file():
                 kind = "a directory" if self.path.is_dir() else "not a regular file"
                 raise OutputError(f"{path}: cannot be written: it is {kind}")
@@ -307,6 +304,17 @@ class Target:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that a symbolic link leads to, the path itself where it is none."""
+    if not path.is_symlink():
+        return path
+    with contextlib.suppress(RuntimeError):  # how pathlib reported a loop before Python 3.13
+        path = path.resolve()
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return path
 
 
 @contextlib.contextmanager

@@ -93,32 +93,35 @@ class Proposer:
     def __init__(self, model: Model, session: Session, shapes: Mapping[str, Sequence[int]]) -> None:
         self._session = session
         self._ports = session.inputs
-        self._hints = {p.name: _hint(model, p) for p in self._ports}
         self._shapes = _fixed_shapes(self._ports, shapes)
+        self._hints = {p.name: self._hint(model, p) for p in self._ports}
         self.rejected = ""  # the model's reason for refusing the first proposal
 
     def sizes(self, wanted: int = 2) -> list[Sizes]:
         """Up to `wanted` accepted choices for each branch of compared integers, unlike each other.
 
+        Every branch comes once before any comes in another size: a slow model gets few feeds.
         Raises UnprovenError with the model's reason where none is accepted.
         """
-        found: list[Sizes] = []
-        for choices in self._choices():
-            first = self._first(choices)
-            if first is None:
-                continue
-            found.append(first)
-            if wanted > 1:
-                found.extend(itertools.islice(self._others(first), wanted - 1))
+        found = [first for choices in self._choices() if (first := self._first(choices))]
         if not found:
             raise UnprovenError(
                 f"no proposed feed runs on the original ({self.rejected}); give --data"
             )
-        return found
+        others = [itertools.islice(self._others(first), wanted - 1) for first in found]
+        return [*found, *itertools.chain.from_iterable(others)]
 
     def feed(self, sizes: Sizes, kind: Kind, seed: int) -> dict[str, Any]:
         """Values for every input, the same for the same arguments."""
         return {port.name: self._value(port, sizes, kind, seed) for port in self._ports}
+
+    def _hint(self, model: Model, port: Port) -> Hint:
+        value = model.graph.values.get(port.name)
+        if value is None or port.dtype is None:
+            return Hint()
+        if port.dtype.kind == "b" and all(n == 1 for n in self._shapes.get(port.name, port.shape)):
+            return Hint(compared=(1, 0))  # one truth value most likely chooses a branch
+        return integer_hints(value) if port.dtype.kind in "iu" else Hint()
 
     def _choices(self) -> Iterator[dict[str, int]]:
         names = [name for name, hint in self._hints.items() if hint.compared]
@@ -203,7 +206,7 @@ class Proposer:
 
     def _value(self, port: Port, sizes: Sizes, kind: Kind, seed: int) -> Any:
         # drawn by name, so that no input's values depend on which other inputs there are
-        rng = np.random.default_rng([seed, zlib.crc32(port.name.encode())])
+        rng = np.random.default_rng([seed, *(zlib.crc32(t.encode()) for t in (port.name, kind))])
         shape = self._shape(port, sizes)
         if port.dtype is None:
             return _other_value(port, rng, kind)
@@ -271,10 +274,14 @@ def propose(
     proposer = Proposer(model, session, shapes or {})
     accepted = proposer.sizes()
     for draw_number in itertools.count():
+        refused = True
         for kind, sizes, repeat in itertools.product(KINDS, accepted, range(2)):
             feed = proposer.feed(sizes, kind, seed * 1_000_003 + draw_number * 2 + repeat)
             if refusal(session, feed) is None:
-                yield f"{kind} {_text(feed)}", feed
+                refused = False
+                yield f"{kind} {_text(feed, sizes.choices)}", feed
+        if refused:
+            raise UnprovenError("proposed feeds run on the original too rarely; give --data")
 
 
 def first_feed(
@@ -283,22 +290,16 @@ def first_feed(
     data: str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
+    custom_ops: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """One feed that the model runs on: the first of `data`, else a proposed one of normal values.
 
     `shapes` fixes the shapes of inputs by name. Raises DataError and UnprovenError.
     """
-    with Session(model, optimizations="off") as session:
+    with Session(model, optimizations="off", custom_ops=custom_ops) as session:
         if data is not None:
             return next(given_feeds(data, session))
         return next(propose(Model.load(model), session, seed=seed, shapes=shapes))[1]
-
-
-def _hint(model: Model, port: Port) -> Hint:
-    value = model.graph.values.get(port.name)
-    if value is None or port.dtype is None or port.dtype.kind not in "iu":
-        return Hint()
-    return integer_hints(value)
 
 
 def _fixed_shapes(
@@ -332,9 +333,11 @@ def _other_value(port: Port, rng: np.random.Generator, kind: Kind) -> Any:
     return None
 
 
-def _text(feed: Mapping[str, Any]) -> str:
+def _text(feed: Mapping[str, Any], choices: Mapping[str, int]) -> str:
     return ", ".join(
-        "x".join(map(str, value.shape)) or "scalar"
-        for value in feed.values()
+        f"{name}={choices[name]}"
+        if name in choices
+        else "x".join(map(str, value.shape)) or "scalar"
+        for name, value in feed.items()
         if isinstance(value, np.ndarray)
     )

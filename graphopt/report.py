@@ -116,6 +116,35 @@ class Host(Record):
     versions: dict[str, str]
 
 
+class BenchEntry(Record):
+    """One model. Ratios are time of the first model divided by this one's: above 1 is faster."""
+
+    path: str
+    ms: float = Field(description="median milliseconds per run, with quartiles")
+    ms_low: float
+    ms_high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    load_seconds: float = Field(description="in a fresh process, the file in the page cache")
+    first_run_seconds: float
+    peak_bytes: int = Field(description="resident memory of load and first run, above the start's")
+
+
+class BenchRecord(Record):
+    """What `graphopt bench` measured."""
+
+    schema_version: int = SCHEMA_VERSION
+    host: Host
+    shapes: dict[str, list[int]] = Field(description="of the feed")
+    threads: int = Field(description="0: onnxruntime's default, all cores")
+    confidence: float
+    blocks: int = Field(description="fresh sessions of every model")
+    runs: int = Field(description="timed runs of every model")
+    seconds: float
+    models: list[BenchEntry]
+
+
 class Report(Record):
     """One run of `optimize`."""
 
@@ -132,6 +161,7 @@ class Report(Record):
     passes: list[PassRecord]
     validation: ValidationRecord
     warnings: list[str]
+    bench: BenchRecord | None = Field(default=None, description="original against result, if asked")
     seconds: float
 
 

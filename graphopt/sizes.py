@@ -195,6 +195,8 @@ class _Walker:
             results.append([inner.get(info.name) for info in graph.output])
         if kind == "branch":
             merged = [_merge(values) for values in zip(*results, strict=False)]
+        elif kind == "scan" and self._opsets.get("", 0) < 9:
+            merged = []  # that version also had a batch axis; nobody exports it any more
         else:
             merged = list(_iterated(node, graphs["body"], known, results[0], kind))
         names = zip(node.output, merged, strict=False)

@@ -21,7 +21,7 @@ from graphopt.errors import RuntimeFailure
 from graphopt.ir import Model, Node, Value
 from graphopt.judge import NOISE_FACTOR, OutputState
 from graphopt.operators import ELEMENTS_IN_PLACE, PICKS
-from graphopt.runtime import Session
+from graphopt.runtime import Session, limits
 
 Array = NDArray[Any]
 _SCORES: Final = {"ArgMax": 0, "ArgMin": 0, "TopK": 0, "NonMaxSuppression": 1}
@@ -33,13 +33,11 @@ class Settler:
     def __init__(
         self,
         model: Model,
-        original: Path,
         feeds: Sequence[Mapping[str, Any]],
         custom_ops: Sequence[Path],
         tolerance: float,
     ) -> None:
         self._model = model
-        self._original = original
         self._feeds = feeds
         self._custom_ops = custom_ops
         self._tolerance = tolerance
@@ -86,6 +84,7 @@ class Settler:
             return given, given
         proto = onnx.ModelProto()
         proto.CopyFrom(exporter.to_hollow(self._model))
+        proto.ir_version = min(proto.ir_version, limits().ir)
         if all(info.name != value.name for info in proto.graph.output):
             proto.graph.output.add(name=value.name)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
@@ -112,10 +111,10 @@ def _picked(node: Node, scores: Array, indices: Array) -> Array | None:
             return np.sort(scores[batch, label, box])
         stated = node.attribute("axis")
         axis = stated.i if stated is not None else (-1 if node.op == "TopK" else 0)
-        keep = node.attribute("keepdims")
-        if node.op != "TopK" and keep is not None and keep.i == 0:
-            indices = np.expand_dims(indices, axis)
-        return np.take_along_axis(scores, indices.astype(np.int64), axis)
+        # without keepdims, or behind a Squeeze, the axis is gone; the order of elements is the same
+        shape = list(scores.shape)
+        shape[axis] = indices.size * shape[axis] // max(scores.size, 1)
+        return np.take_along_axis(scores, indices.astype(np.int64).reshape(shape), axis)
     except (IndexError, ValueError):
         return None
 

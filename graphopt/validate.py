@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from graphopt import exporter, oracle, output, proposals, ties
 from graphopt.data import given_feeds
-from graphopt.errors import RuntimeFailure, UnprovenError
+from graphopt.errors import DataError, RuntimeFailure, UnprovenError
 from graphopt.ir import Model
 from graphopt.judge import TOLERANCES, Judgement, OutputState, flatten, judge, noise_of
 from graphopt.report import FeedRecord, OutputRecord, ValidationRecord, Verdict
@@ -96,7 +96,7 @@ class _Comparison:
             except RuntimeFailure as failure:
                 reason = f"the candidate does not run where the original does: {failure}"
                 return ValidationRecord(verdict="failed", reason=reason)
-            return self._verdict(model, original, states)
+            return self._verdict(model, states)
 
     def _readable(self, model: Model, stack: ExitStack) -> Path:
         """The model's file, or a copy of a lower IR version where onnxruntime reads no higher."""
@@ -173,7 +173,18 @@ class _Comparison:
         done = len(states[0].runs.get(way, ())) if states else 0
         for index in range(done, len(self.feeds)):
             self._tell(f"running {way}", index / len(self.feeds))
-            results = session.run(self.feeds[index], names)
+            try:
+                results = session.run(self.feeds[index], names)
+            except RuntimeFailure as failure:
+                if way == "original off" and self.data is not None:
+                    raise DataError(
+                        f"data {self.data}: the model rejects feed {index + 1}: {failure}"
+                    ) from None
+                if way == "original default":
+                    raise UnprovenError(
+                        f"the original runs only with onnxruntime's optimisations off: {failure}"
+                    ) from None
+                raise
             for state in states:
                 state.runs.setdefault(way, []).append(flatten(results[state.name]))
                 if way == "original off":
@@ -197,11 +208,11 @@ class _Comparison:
 
     # -- judgement -------------------------------------------------------------------------------
 
-    def _verdict(self, model: Model, original: Path, states: list[OutputState]) -> ValidationRecord:
+    def _verdict(self, model: Model, states: list[OutputState]) -> ValidationRecord:
         tolerance = TOLERANCES[oracle.narrowest_float(model)]
         records = []
         for state in states:
-            settle = ties.Settler(model, original, self.feeds, self.custom_ops, tolerance)
+            settle = ties.Settler(model, self.feeds, self.custom_ops, tolerance)
             records.append(_judge_output(state, tolerance, self.kinds, settle))
         failed = next((r for r in records if r.verdict == "failed"), None)
         unproven = [r.name for r in records if r.verdict == "unproven"]

@@ -15,10 +15,9 @@ from rich.text import Text
 from graphopt.render import text
 
 if TYPE_CHECKING:
-    from graphopt.bench import BenchRecord
     from graphopt.inspection import Inspection, PortRecord
     from graphopt.manager import Pass
-    from graphopt.timing import PairedTiming
+    from graphopt.report import BenchRecord
 
 _ROWS = 12  # of operators; --json lists all
 _PORTS = 8
@@ -133,11 +132,12 @@ def show_bench(found: BenchRecord, console: Console) -> None:
     table = text.table("file", "median", "speed", f"{found.confidence:.0%} interval", "load")
     for title in ("first run", "peak"):
         table.add_column(title, justify="right", no_wrap=True)
+    distinct = len({Path(entry.path).name for entry in found.models}) == len(found.models)
     for entry in found.models:
         style = "green" if entry.ratio_low > 1 else "red" if entry.ratio_high < 1 else ""
         first = entry is found.models[0]
         table.add_row(
-            text.clean(entry.path if len(found.models) > 1 else Path(entry.path).name),
+            text.clean(Path(entry.path).name if distinct else entry.path),
             text.milliseconds(entry.ms),
             "1" if first else Text(f"{entry.ratio:.3f}x", style=style),
             "" if first else f"{entry.ratio_low:.3f}-{entry.ratio_high:.3f}",
@@ -161,18 +161,18 @@ def show_bench(found: BenchRecord, console: Console) -> None:
     console.print(text.facts(lines))
 
 
-def speed_line(timed: PairedTiming) -> str:
-    """How the second of two timed models compares with the first, on one line."""
-    (old, new), ratio = timed.models, timed.ratios[1]
-    if ratio.significantly_faster:
-        word = "faster"
+def speed_line(record: BenchRecord) -> str:
+    """How the last of the timed models compares with the first, on one line."""
+    old, new = record.models[0], record.models[-1]
+    if new.ratio_low > 1:
+        stated = f"{new.ratio:.3f}x faster"
+    elif new.ratio_high < 1:
+        stated = f"{1 / new.ratio:.3f}x slower"
     else:
-        word = "slower" if ratio.significantly_slower else "no measurable difference"
-    factor = ratio.median if ratio.median >= 1 or word != "slower" else 1 / ratio.median
-    stated = word if word.startswith("no") else f"{factor:.3f}x {word}"
+        stated = "no measurable difference"
     return (
-        f"speed       {stated}: {text.milliseconds(old.ms)} -> {text.milliseconds(new.ms)}, ratio"
-        f" {ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f} at {timed.confidence:.0%})"
+        f"{stated}: {text.milliseconds(old.ms)} -> {text.milliseconds(new.ms)}, ratio "
+        f"{new.ratio:.3f} ({new.ratio_low:.3f}-{new.ratio_high:.3f} at {record.confidence:.0%})"
     )
 
 
@@ -181,10 +181,16 @@ def show_passes(passes: Sequence[type[Pass]], levels: dict[int, str], console: C
     table = text.table("pass", "what it does", "options", left=3)
     for kind in passes:
         summary = (inspect.getdoc(kind) or "").partition("\n")[0]
-        options = ", ".join(
-            f"{field.name}={field.default}" for field in dataclasses.fields(cast(Any, kind))
-        )
+        options = ", ".join(map(_option, dataclasses.fields(cast(Any, kind))))
         table.add_row(Text(kind.name, style="bold"), summary, options or "-")
     console.print(table)
     console.print()
     console.print(text.facts([(f"level {n}", steps or "-") for n, steps in levels.items()]))
+
+
+def _option(field: dataclasses.Field[Any]) -> str:
+    """The option with its default, as it is written in a pipeline."""
+    if field.default is dataclasses.MISSING:
+        return field.name
+    default = str(field.default)
+    return f"{field.name}={default.lower() if isinstance(field.default, bool) else default}"

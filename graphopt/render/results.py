@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.render import text
+from graphopt.render.listings import speed_line
 from graphopt.report import Report, ValidationRecord
 
 _ROWS = 8  # of every list: the whole account is in the report
@@ -28,10 +29,15 @@ def show_report(report: Report, console: Console) -> None:
     text.show_beside(lists, console)
     lines = proof_lines(report.validation)
     lines += [("warning", Text(text.clean(w), style="yellow")) for w in report.warnings]
-    if report.target is not None:
-        written = f"{text.clean(report.target.path)}, {text.size(report.target.bytes)}"
-        lines.append(("written", f"{written}, in {text.duration(report.seconds)}"))
+    if report.bench is not None:
+        lines.append(("speed", Text(speed_line(report.bench))))
     console.print(text.facts(lines))
+    if report.target is not None:
+        line = Text("written     ", style="dim")
+        line.append(text.clean(report.target.path), style="not dim")
+        size = text.size(report.target.bytes)
+        line.append(f"  {size} in {text.duration(report.seconds)}", style="not dim")
+        console.print(line, soft_wrap=True)  # a path stays whole, to be copied
 
 
 def _sizes(report: Report) -> Table:
