@@ -6,20 +6,26 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import onnx
 
 from graphopt import exporter
 from graphopt import report as records
 from graphopt.errors import RefusedError, UnprovenError, UsageError, ValidationError
+from graphopt.fingerprint import fingerprint
 from graphopt.ir import Model
-from graphopt.manager import run_pipeline
+from graphopt.manager import Pass, PassRun, run_pipeline
 from graphopt.output import ExternalPolicy, Target, output_errors
 from graphopt.passes.pipelines import pipeline
 from graphopt.report import Report, ValidationRecord
+
+if TYPE_CHECKING:
+    from graphopt.blame import Blame, Fault
+
+_MOST_RESCUES: Final = 4  # a further fault may show only on feeds that the last did not fail on
 
 Progress = Callable[[str, float | None], None]
 """Told what is going on and the share of it that is done (None: unknown)."""
@@ -57,6 +63,7 @@ def optimize(
     keep_overridable: bool = False,
     external: ExternalPolicy = "auto",
     seed: int = 0,
+    verify_each: bool | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Optimise a model and prove that it still computes the same.
@@ -64,11 +71,14 @@ def optimize(
     `source` is a path or a ModelProto, which is left untouched. With `output` the proved model is
     written there; `Result.save` and `Result.proto` give it as well. `level` and `passes` choose
     what runs, `data` feeds the proof (see `graphopt.data`), `custom_ops` are libraries for
-    operators of foreign domains.
+    operators of foreign domains. `verify_each` verifies the graph after every pass.
 
-    Raises UsageError (bad file, level, pass, data), ValidationError where the result differs, and
-    UnprovenError where nothing shows that it does not, unless `unproven` is set. The two last
-    carry the report as `error.report`.
+    Where the result differs, the change at fault is found, denied and reported as a warning, with
+    a reproducer beside the output (in a temporary folder without one), and the rest is proved.
+
+    Raises UsageError (bad file, level, pass, data), ValidationError where the result differs all
+    the same, and UnprovenError where nothing shows that it does not, unless `unproven` is set. The
+    two last carry the report as `error.report`.
     """
     started = time.perf_counter()
     if target not in ("portable", "ort-cpu"):
@@ -81,38 +91,46 @@ def optimize(
         model = Model.load(path)
         before = records.stats(model)
         read = _source_info(path, model)  # now: it may be about to be replaced
-        runs = run_pipeline(model, steps, lambda name: tell(name, None))
-        tell("writing", None)
-        with output_errors(staged):
-            files = exporter.save(model, staged, external) if validate or place else []
+        runs = run_pipeline(model, steps, lambda name: tell(name, None), verify_each=verify_each)
+        candidate = _Candidate(model, runs, staged, external)
+        proof = ValidationRecord(verdict="skipped", reason="validation was switched off")
+        faults: list[Fault] = []
         if validate:
-            proof = _prove(path, staged, data, custom_ops, seed, tell)
-        else:
-            proof = ValidationRecord(verdict="skipped", reason="validation was switched off")
+            prover = _Prover(path, data, custom_ops, seed, tell)
+            proof, faults = prover.prove(candidate, steps, place)
+        elif place is not None:
+            candidate.write(tell)
         accepted = proof.verdict in ("proved", "skipped") or (
             proof.verdict == "unproven" and unproven
         )
         written = None
         if place is not None and accepted:
-            written = records.file_info(place.path, place.commit(files))
-        result = Report(
+            written = records.file_info(place.path, place.commit(candidate.files))
+        report = Report(
             graphopt=records.version(),
             host=records.host(),
             source=read,
             target=written,
             level=level,
-            pipeline=", ".join(run.text for run in runs),
-            opsets=model.opsets,
+            pipeline=", ".join(run.text for run in candidate.runs),
+            opsets=candidate.model.opsets,
             before=before,
-            after=records.stats(model),
-            passes=[records.pass_record(run) for run in runs],
+            after=records.stats(candidate.model),
+            passes=[records.pass_record(run) for run in candidate.runs],
             validation=proof,
-            warnings=[f"pass {r.text} failed and was undone: {r.error}" for r in runs if r.error],
+            blame=[records.blame_record(fault) for fault in faults],
+            fingerprint=fingerprint(candidate.model),
+            warnings=_warnings(candidate.runs, faults),
             seconds=time.perf_counter() - started,
         )
     if not accepted:
-        raise _refusal(result)
-    return Result(model, result)
+        raise _refusal(report)
+    return Result(candidate.model, report)
+
+
+def _warnings(runs: Sequence[PassRun], faults: Sequence[Fault]) -> list[str]:
+    failed = [f"pass {r.text} failed and was undone: {r.error}" for r in runs if r.error]
+    return [*failed, *(fault.message for fault in faults)]
 
 
 @contextlib.contextmanager
@@ -126,27 +144,94 @@ def _staging(output: Path | None) -> Iterator[tuple[Target | None, Path]]:
             yield None, Path(folder) / "candidate.onnx"
 
 
-def _prove(
-    source: Path | onnx.ModelProto,
-    candidate: Path,
-    data: str | None,
-    custom_ops: Sequence[str | Path],
-    seed: int,
-    tell: Progress,
-) -> ValidationRecord:
-    from graphopt.validate import validate_files
+@dataclass
+class _Candidate:
+    """What may become the result, as it lies in memory and on disk."""
 
-    libraries = [Path(library) for library in custom_ops]
-    if isinstance(source, Path):
-        return validate_files(
-            source, candidate, data=data, custom_ops=libraries, seed=seed, progress=tell
-        )
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+    model: Model
+    runs: list[PassRun]
+    staged: Path
+    external: ExternalPolicy
+    files: list[Path] = field(default_factory=list)
+
+    def write(self, tell: Progress) -> None:
+        tell("writing", None)
+        with output_errors(self.staged):
+            self.files = exporter.save(self.model, self.staged, self.external)
+
+
+@dataclass(frozen=True)
+class _Prover:
+    """Compares candidates with the source, and takes out of them what breaks them."""
+
+    source: Path | onnx.ModelProto
+    data: str | None
+    custom_ops: Sequence[str | Path]
+    seed: int
+    tell: Progress
+
+    def prove(
+        self, candidate: _Candidate, steps: Sequence[Pass], place: Target | None
+    ) -> tuple[ValidationRecord, list[Fault]]:
+        """The verdict on the candidate, which has lost the faults that were found."""
+        with contextlib.ExitStack() as stack:
+            original = self._file(stack)
+            candidate.write(self.tell)
+            proof = self._compare(original, candidate.staged)
+            if proof.verdict != "failed" or not any(run.changes for run in candidate.runs):
+                return proof, []
+            blame = self._blame(original, steps, place)
+            for _ in range(_MOST_RESCUES):
+                rescued = blame.rescue(candidate.model, candidate.runs)
+                if rescued is None:
+                    break
+                candidate.model, candidate.runs = rescued
+                candidate.write(self.tell)
+                proof = self._compare(original, candidate.staged)
+                if proof.verdict != "failed":
+                    break
+            return proof, blame.faults
+
+    def _file(self, stack: contextlib.ExitStack) -> Path:
+        if isinstance(self.source, Path):
+            return self.source
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-"))
         original = Path(folder) / "original.onnx"
-        exporter.save(Model.load(source), original)
+        exporter.save(Model.load(self.source), original)
+        return original
+
+    def _compare(self, original: Path, candidate: Path) -> ValidationRecord:
+        from graphopt.validate import validate_files
+
         return validate_files(
-            original, candidate, data=data, custom_ops=libraries, seed=seed, progress=tell
+            original,
+            candidate,
+            data=self.data,
+            custom_ops=[Path(library) for library in self.custom_ops],
+            seed=self.seed,
+            progress=self.tell,
         )
+
+    def _blame(self, original: Path, steps: Sequence[Pass], place: Target | None) -> Blame:
+        from graphopt.blame import Blame
+
+        return Blame(
+            original,
+            lambda: Model.load(self.source),
+            steps,
+            lambda: _blame_folder(place),
+            data=self.data,
+            custom_ops=[Path(library) for library in self.custom_ops],
+            seed=self.seed,
+            tell=lambda what: self.tell(what, None),
+        )
+
+
+def _blame_folder(place: Target | None) -> Path:
+    """Where reproducers go: beside the output, else into a temporary folder that stays."""
+    if place is None:
+        return Path(tempfile.mkdtemp(prefix="graphopt-blame-"))
+    return place.path.with_name(f"{place.path.name}.blame")
 
 
 def _source_info(source: Path | onnx.ModelProto, model: Model) -> records.FileInfo:
@@ -159,6 +244,10 @@ def _refusal(report: Report) -> RefusedError:
     proof = report.validation
     kind: type[RefusedError] = ValidationError if proof.verdict == "failed" else UnprovenError
     hint = "" if proof.verdict == "failed" else "; --unproven writes it all the same"
+    if report.blame:
+        count = len(report.blame)
+        found = "1 fault was denied" if count == 1 else f"{count} faults were denied"
+        hint += f"; {found}, which was not enough: {report.blame[0].message}"
     error = kind(f"nothing written: {proof.verdict}: {proof.reason}{hint}")
     error.report = report
     return error

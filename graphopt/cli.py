@@ -104,12 +104,15 @@ def optimize(
     bench: Annotated[
         bool, typer.Option("--bench", help="Time the original against the result.")
     ] = False,
+    verify_each: Annotated[
+        bool, typer.Option("--verify-each", help="Verify the graph after every pass.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Optimise the model IN, prove the result and write it to OUT."""
     from graphopt import api
     from graphopt.render.progress import progress
-    from graphopt.render.results import show_report, show_validation
+    from graphopt.render.results import show_refusal, show_report
 
     with _report_writer(report, source, output) as save:
         try:
@@ -127,14 +130,15 @@ def optimize(
                     keep_overridable=keep_overridable,
                     external=external_data,
                     seed=seed,
+                    verify_each=verify_each or None,  # not asked for: as the environment says
                     progress=tell,
                 )
         except RefusedError as refusal:
             if refusal.report is not None:
                 save(refusal.report)
-                proof = refusal.report.validation
+                refused = refusal.report
                 if not json:
-                    _show(lambda console: show_validation(proof, console))
+                    _show(lambda console: show_refusal(refused, console))
             raise
         record = result.report
         save(record)
@@ -265,14 +269,46 @@ def bench(
         _show(lambda console: show_bench(found, console))
 
 
-@app.command(short_help="List the passes and what each level runs.")
+@app.command(short_help="List the passes, the rules and what each level runs.")
 @shell.boundary
 def passes(verbose: Verbose = False) -> None:
-    """List the passes with their options, and what each level runs."""
+    """List the rules with their equations, the passes with their options, and the levels."""
     from graphopt.passes.pipelines import LEVELS, PASSES
+    from graphopt.passes.rules import all_rules, family_of, plugins
     from graphopt.render.listings import show_passes
+    from graphopt.render.rules import show_rules
 
-    _show(lambda console: show_passes(list(PASSES.values()), LEVELS, console))
+    rules = [(family_of(rule), rule) for rule in all_rules().values()]
+
+    def draw(console: Console) -> None:
+        show_rules(rules, plugins().failures, console)
+        show_passes(list(PASSES.values()), LEVELS, console)
+
+    _show(draw)
+
+
+@app.command(short_help="Say why rules fired on a model, or did not.")
+@shell.boundary
+def explain(
+    model: Annotated[Path, typer.Argument(metavar="MODEL")],
+    rule: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This rule only, in detail.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This node only, by name or output.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say where rules fire on MODEL, where they almost do, and what stands against it."""
+    from graphopt.explain import explain as explained
+    from graphopt.render.rules import show_explanation
+
+    found = explained(model, rule, node)
+    if json:
+        _print_json(found)
+    else:
+        _show(lambda console: show_explanation(found, console))
 
 
 def _shapes(texts: list[str] | None) -> dict[str, list[int]]:

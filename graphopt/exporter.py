@@ -35,7 +35,7 @@ def _export_graph(graph: Graph, target: onnx.GraphProto) -> None:
     """Replace what passes may change in `target`, a copy of the graph's proto."""
     if not graph.edited:
         return
-    nodes = in_order(sorted(graph.nodes, key=lambda node: node.position), "result")
+    nodes = in_order(sorted(graph.nodes, key=lambda node: node.place), "result")
     for field in ("node", "initializer", "sparse_initializer", "input"):
         target.ClearField(field)
     target.node.extend(_export_node(node) for node in nodes)
@@ -47,13 +47,33 @@ def _export_graph(graph: Graph, target: onnx.GraphProto) -> None:
             target.initializer.append(value.weight.proto)
     kept_inputs = {value.name for value in graph.inputs}
     target.input.extend(info for info in graph.proto.input if info.name in kept_inputs)
-    info = [entry for entry in target.value_info if entry.name in graph.values]
+    info = _value_info(graph)
     annotations = [a for a in target.quantization_annotation if a.tensor_name in graph.values]
     for field, kept in (("value_info", info), ("quantization_annotation", annotations)):
-        if len(kept) != len(getattr(target, field)):
+        if kept != list(getattr(target, field)):
             copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
             target.ClearField(field)
             getattr(target, field).extend(copies)
+
+
+def _value_info(graph: Graph) -> list[onnx.ValueInfoProto]:
+    """What the file declares of its values, and of those that came from bodies.
+
+    A value that became a constant says all of this itself.
+    """
+    proto = graph.proto
+    given = {tensor.name for tensor in proto.initializer}
+    given |= {tensor.values.name for tensor in proto.sparse_initializer}
+    stated = {
+        info.name for field in (proto.value_info, proto.input, proto.output) for info in field
+    }
+    moved = [info for name, info in graph.value_info.items() if name not in stated]
+    return [
+        info
+        for info in (*proto.value_info, *moved)
+        if (value := graph.values.get(info.name)) is not None
+        and (value.weight is None or info.name in given)
+    ]
 
 
 def _export_node(node: Node) -> onnx.NodeProto:

@@ -40,6 +40,14 @@ def build(proto: onnx.ModelProto, store: Store, label: str) -> Model:
     return model
 
 
+def import_body(proto: onnx.GraphProto, store: Store, label: str) -> Graph:
+    """Resolve a graph that stands alone and is about to become part of another.
+
+    Raises ModelError where it reads what it does not compute.
+    """
+    return _Importer(store, label).graph(proto, None)
+
+
 class _Importer:
     def __init__(self, store: Store, label: str) -> None:
         self.store = store

@@ -10,6 +10,7 @@ Only `graphopt.edit` changes a graph: the underscored methods keep both ends of 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ _FLOATS: Final = frozenset(
 )
 
 
+SERIALS: Final = itertools.count()
+
+
 class Weight:
     """A constant tensor, dense or sparse, whose data stays where it is until `values` is asked."""
 
@@ -45,6 +49,14 @@ class Weight:
     def tensor(self) -> onnx.TensorProto:
         """The tensor that carries name and type: of a sparse one, its non-zero values."""
         return self.proto.values if isinstance(self.proto, onnx.SparseTensorProto) else self.proto
+
+    def named(self, name: str) -> Weight:
+        """The same under this name; the data stays where it is."""
+        if self.tensor.name == name:
+            return self
+        found = Weight(copy.deepcopy(self.proto), self.store)
+        found.tensor.name = name
+        return found
 
     @property
     def is_sparse(self) -> bool:
@@ -141,16 +153,33 @@ class Value:
 class Node:
     """An operator call. `inputs` and `outputs` hold None where an optional one is left out."""
 
-    __slots__ = ("bodies", "graph", "inputs", "outputs", "position", "proto", "rewired")
+    __slots__ = (
+        "bodies",
+        "graph",
+        "inputs",
+        "outputs",
+        "position",
+        "proto",
+        "rewired",
+        "rule",
+        "serial",
+    )
 
     def __init__(self, proto: onnx.NodeProto, graph: Graph, position: float) -> None:
         self.proto = proto
         self.graph = graph
         self.position = position  # where the node stands in the file
+        self.serial = next(SERIALS)  # orders nodes at one position
         self.inputs: list[Value | None] = []
         self.outputs: list[Value | None] = []
         self.bodies: dict[str, list[Graph]] = {}  # attribute name -> its graphs
+        self.rule = ""  # the rule that made it, "" for a node of the file
         self.rewired = False  # inputs or outputs differ from those in the proto
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """Sorts the nodes of a graph: those that took the place of another stand as they came."""
+        return self.position, self.serial
 
     @property
     def op(self) -> str:
@@ -290,7 +319,7 @@ class Graph:
 
     def _restore_order(self) -> None:
         """Back into file order, after nodes and values came back."""
-        self.nodes = dict.fromkeys(sorted(self.nodes, key=lambda node: node.position))
+        self.nodes = dict.fromkeys(sorted(self.nodes, key=lambda node: node.place))
         ordered = sorted(self.values.values(), key=lambda value: value.position)
         self.values = {value.name: value for value in ordered}
 

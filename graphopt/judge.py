@@ -106,7 +106,10 @@ def is_float(run: Flat) -> bool:
 
 
 def noise_of(state: OutputState, index: int, signal: Norms) -> tuple[Norms, bool]:
-    """The original's own spread on a feed, and whether the feed can prove anything."""
+    """The original's own spread on a feed, and whether the feed can prove anything.
+
+    The spread is the largest between its run with optimisations off and its run at any other level.
+    """
     off = state.runs["original off"][index]
     default = state.runs["original default"][index]
     if not off or all(array.size == 0 for array in off):
@@ -115,11 +118,35 @@ def noise_of(state: OutputState, index: int, signal: Norms) -> tuple[Norms, bool
         others = state.runs["original off"]
         varied = not state.depends_on_values or any(not _equal(off, run) for run in others)
         return Norms(0.0, 0.0), varied and _equal(off, default)
-    if not _same_form(off, default) or not any(np.isfinite(_wide(a)).any() for a in off):
+    floats = [array for array in off if _is_float_array(array)]
+    if not _same_form(off, default) or not any(np.isfinite(_wide(a)).any() for a in floats):
         return Norms(math.inf, math.inf), False
-    noise = difference(off, default).over(signal)
+    runs = (r[index] for w, r in state.runs.items() if w.startswith("original ") and r[index:])
+    spreads = [difference(off, run) for run in runs if _same_form(off, run)]
+    noise = largest(spreads).over(signal)
     varied = signal.largest > 0 or not state.depends_on_values
     return noise, varied and noise.largest <= INFORMATIVE_BELOW
+
+
+def noise_floor(state: OutputState, index: int, signal: Norms) -> Norms:
+    """The largest noise among the feeds drawn like this one that can prove anything.
+
+    The spread of one feed is a single draw, which is now and then a tenth of its neighbours' by
+    luck; a rounding of the same size as theirs is no fault.
+    """
+    run = state.runs["original off"][index]
+    alike = (
+        noise_of(state, at, signal)
+        for at in range(len(state.runs["original default"]))
+        if state.groups[at] == state.groups[index]
+        and _same_form(state.runs["original off"][at], run)
+    )
+    return largest([noise for noise, informative in alike if informative])
+
+
+def largest(norms: Sequence[Norms]) -> Norms:
+    """The largest of several, each norm by itself."""
+    return Norms(max(n.largest for n in norms), max(n.rms for n in norms))
 
 
 def judge(
@@ -131,8 +158,9 @@ def judge(
     if not informative:
         used, problem = _disproof(state, index, tolerance, ways)
         return Judgement(False, signal.largest, noise.largest, used=used, problem=problem)
+    floor = noise_floor(state, index, signal)
     allowed = Norms(
-        max(tolerance, NOISE_FACTOR * noise.largest), max(tolerance, NOISE_FACTOR * noise.rms)
+        max(tolerance, NOISE_FACTOR * floor.largest), max(tolerance, NOISE_FACTOR * floor.rms)
     )
     errors = {}
     used = 0.0
@@ -158,13 +186,12 @@ def _disproof(
 
     Two models that agree on a constant or an empty output may differ elsewhere; two that do not
     agree on it differ. Values are relative to the output's own magnitude, and compared only where
-    the original repeats them within the tolerance; zeros have no magnitude to compare with.
+    the original repeats them within the tolerance, on all feeds drawn like this one; zeros have no
+    magnitude to compare with.
     """
-    reference, default = (state.runs[f"original {way}"][index] for way in ("off", "default"))
+    reference = state.runs["original off"][index]
     scale = _magnitude(reference)
-    if not _same_form(reference, default):
-        return 0.0, ""
-    noise = difference(reference, default).over(scale).largest
+    noise = _unsteadiness(state, index).over(scale).largest
     for way in ways if noise <= tolerance else ():
         run = state.runs[f"candidate {way}"][index]
         if _same_form(reference, run) and is_float(reference) and scale.largest == 0:
@@ -174,6 +201,22 @@ def _disproof(
         if fault or share > 1:
             return share, fault or f"error {error.largest:.2g} of what is constant"
     return 0.0, ""
+
+
+def _unsteadiness(state: OutputState, index: int) -> Norms:
+    """The largest spread of the original at any level, on the feeds drawn like this one."""
+    reference = state.runs["original off"]
+    return largest(
+        [
+            difference(off, runs[at]) if _same_form(off, runs[at]) else Norms(math.inf, math.inf)
+            for way, runs in state.runs.items()
+            if way.startswith("original ")
+            for at, off in enumerate(reference)
+            if runs[at:]
+            and state.groups[at] == state.groups[index]
+            and _same_form(off, reference[index])
+        ]
+    )
 
 
 def _compare(reference: Flat, run: Flat, signal: Norms) -> tuple[Norms, str]:
@@ -216,7 +259,7 @@ def _variation(alike: Sequence[Flat]) -> Norms:
     count = 0
     for position in range(len(alike[0])):
         arrays = [_wide(run[position]) for run in alike if _is_float_array(run[position])]
-        if not arrays:
+        if not arrays or not arrays[0].size:
             continue
         stack = np.stack(arrays)
         with np.errstate(invalid="ignore", over="ignore"):

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Final, Protocol
 
-from graphopt.edit import Change, Editor
+from graphopt import verify
+from graphopt.edit import Change, Denial, Editor
 from graphopt.errors import UsageError
+from graphopt.fingerprint import fingerprint
 from graphopt.ir import Model
+from graphopt.verify import Interface
 
 _log = logging.getLogger(__name__)
 _PASS: Final = re.compile(r"\s*([a-z0-9-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
 class Pass(Protocol):
-    """A frozen dataclass: its fields are its options, `run` does its work through the editor."""
+    """A frozen dataclass: its fields are its options, `run` does its work through the editor.
+
+    Where it starts, nodes stand in topological order and `edit.types` holds whatever follows from
+    the graph as it is. It asks `edit.allows` before each change that it records; where it does
+    not, a change that must not be made costs it all of its changes.
+    """
 
     name: ClassVar[str]
 
@@ -31,38 +41,113 @@ class Pass(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassRun:
-    """What one pass of a pipeline did. `error` is set where it failed and was undone."""
+    """What one pass of a pipeline did. `error` is set where it failed and was undone.
+
+    `fired` counts changes by rule; `rejected` counts, by rule, the nodes where its pattern fitted
+    and what it requires did not hold.
+    """
 
     text: str
     seconds: float
     changes: tuple[Change, ...]
     error: str = ""
+    fired: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def run_pipeline(
-    model: Model, passes: Sequence[Pass], progress: Callable[[str], None] | None = None
+    model: Model,
+    passes: Sequence[Pass],
+    progress: Callable[[str], None] | None = None,
+    *,
+    denied: Collection[Denial] = (),
+    fuel: int | None = None,
+    verify_each: bool | None = None,
 ) -> list[PassRun]:
-    """Run the passes in order. A pass that raises is undone and reported; the rest goes on."""
-    edit = Editor(model)
-    runs = []
-    for step in passes:
-        if progress is not None:
-            progress(step.name)
-        mark = edit.mark()
-        error = ""
-        started = time.perf_counter()
-        try:
-            step.run(model, edit)
-        except UsageError:
-            edit.undo_to(mark)
-            raise  # the user can correct it: better now than a result without the pass
-        except Exception as failure:  # a plugin's fault must not cost the user the other passes
-            _log.exception("pass %s failed and was undone", step.name)
-            error = f"{type(failure).__name__}: {failure}"
-            edit.undo_to(mark)
-        seconds = time.perf_counter() - started
-        runs.append(PassRun(to_text(step), seconds, tuple(edit.changes[mark[1] :]), error))
-    return runs
+    """Run the passes in order. A pass that raises is undone and reported; the rest goes on.
+
+    The result is verified in full (`graphopt.verify`); a pass that broke the model is undone and
+    reported like one that raised. With `verify_each` every pass is verified as it ends, which
+    GRAPHOPT_VERIFY_EACH=1 in the environment asks for as well. `denied` and `fuel` are the
+    editor's: changes that must not be made, and how many may be.
+    """
+    if verify_each is None:
+        verify_each = os.environ.get("GRAPHOPT_VERIFY_EACH", "0") != "0"
+    tell = progress or (lambda name: None)
+    edit = Editor(model, denied, fuel)
+    interface = Interface.of(model)
+    if not verify_each:
+        runs = [_run_pass(step, edit, tell) for step in passes]
+        if not verify.problems(model, interface):
+            return runs
+        edit.undo_to((0, 0))  # some pass broke the model: once more, and each looked at
+    guard = _Guard(model, interface)
+    return [_run_pass(step, edit, tell, guard) for step in passes]
+
+
+class _Guard:
+    """Finds what a pass broke: what was wrong with the model before is not its fault."""
+
+    def __init__(self, model: Model, interface: Interface) -> None:
+        self._model = model
+        self._interface = interface
+        self._known = frozenset(verify.problems(model, interface))
+        self._fingerprint = fingerprint(model)
+
+    def problem(self) -> str:
+        """The first new problem, "" if there is none."""
+        found = verify.problems(self._model, self._interface)
+        return next((problem for problem in found if problem not in self._known), "")
+
+    def accept(self) -> None:
+        """What undone passes have to come back to from here on."""
+        self._fingerprint = fingerprint(self._model)
+
+    def check_undone(self) -> None:
+        """An undone pass must leave no trace."""
+        assert fingerprint(self._model) == self._fingerprint, "the journal is incomplete"
+
+
+def _run_pass(
+    step: Pass, edit: Editor, tell: Callable[[str], None], guard: _Guard | None = None
+) -> PassRun:
+    tell(step.name)
+    edit.settle()
+    mark, rejections = edit.mark(), len(edit.rejections)
+    error, seconds = "", None
+    started = time.perf_counter()
+    try:
+        if not edit.is_spent:
+            step.run(edit.model, edit)
+            seconds = time.perf_counter() - started
+            if edit.mark()[0] > mark[0] and edit.mark()[1] == mark[1]:
+                edit.record(step.name, "", "", "edits without an account")
+        if (change := edit.overstepped(mark)) is not None:
+            error = f"its change {change.rule} at {change.root!r} is denied"
+        elif guard is not None and (problem := guard.problem()):
+            error = f"the model is broken after it: {problem}"
+    except UsageError:
+        edit.undo_to(mark)
+        raise  # the user can correct it: better now than a result without the pass
+    except Exception as failure:  # a plugin's fault must not cost the user the other passes
+        _log.exception("pass %s failed and was undone", step.name)
+        error = f"{type(failure).__name__}: {failure}"
+    overspent = edit.is_overspent
+    if error:
+        edit.undo_to(mark)
+    if overspent:
+        edit.stop()  # what later passes would do now is not what they do after this one
+    if guard is not None:
+        guard.check_undone() if error else guard.accept()
+    changes = tuple(edit.changes[mark[1] :])
+    return PassRun(
+        to_text(step),
+        seconds or time.perf_counter() - started,
+        changes,
+        error,
+        Counter(change.rule for change in changes),
+        Counter(rule for rule, _ in {entry[:2] for entry in edit.rejections[rejections:]}),
+    )
 
 
 def to_text(step: Pass) -> str:

@@ -18,6 +18,9 @@ PURE_DOMAINS: Final = frozenset(
     {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "com.microsoft"}
 )
 
+# Domains in which two equal calls give equal results, but for what `is_random` says.
+REPEATABLE_DOMAINS: Final = frozenset({"", "ai.onnx.ml"})
+
 # Domains whose kernels every onnxruntime build has; any other needs a library of the user's.
 RUNTIME_DOMAINS: Final = frozenset({*PURE_DOMAINS, "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 
@@ -140,6 +143,66 @@ BODIES: Final[dict[str, Literal["branch", "loop", "scan"]]] = {
     "Scan": "scan",
 }
 
+COMMUTATIVE: Final = frozenset(
+    {"Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Max", "Mean", "Min", "Mul"}
+    | {"Or", "Sum", "Xor"}
+)
+
+# Attributes that became inputs, and later inputs that are settings like those: (operator, name) ->
+# (opset since, slot of the input).
+ATTRIBUTE_INPUTS: Final[dict[tuple[str, str], tuple[int, int]]] = {
+    ("Clip", "max"): (11, 2),
+    ("Clip", "min"): (11, 1),
+    ("Dropout", "ratio"): (12, 1),
+    ("Dropout", "training_mode"): (12, 2),
+    ("Pad", "axes"): (18, 3),
+    ("Pad", "pads"): (11, 1),
+    ("Pad", "value"): (11, 2),
+    **{(f"Reduce{kind}", "axes"): (18, 1) for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max")},
+    **{(f"Reduce{kind}", "axes"): (18, 1) for kind in ("Mean", "Min", "Prod", "SumSquare")},
+    ("ReduceSum", "axes"): (13, 1),
+    ("Reshape", "shape"): (5, 1),
+    ("Slice", "axes"): (10, 3),
+    ("Slice", "ends"): (10, 2),
+    ("Slice", "starts"): (10, 1),
+    ("Slice", "steps"): (10, 4),
+    ("Split", "split"): (13, 1),
+    ("Squeeze", "axes"): (13, 1),
+    ("TopK", "k"): (10, 1),
+    ("Unsqueeze", "axes"): (13, 1),
+    ("Upsample", "scales"): (9, 1),
+}
+
+IDENTITY: Final = "Identity"
+
+# Operators that folding leaves alone although their inputs are constant: computing them would store
+# the weight that they keep small, and runtimes look for them to choose an integer kernel.
+QUANTIZERS: Final = frozenset({"DequantizeLinear", "QuantizeLinear"})
+
+# Operators whose output is at most as many elements as their input has, times its rank: a size
+# that does not follow before they run is bounded all the same.
+BOUNDED_OUTPUTS: Final = frozenset({"Compress", "NonZero", "Unique"})
+
+# Operators that readers should have to themselves: runtimes fuse one with each reader.
+ONE_PER_READER: Final = frozenset({"DequantizeLinear"})
+
+# Operators of two operands that broadcast as numpy does: the result has the longer one's rank.
+BROADCASTING: Final = frozenset(
+    {"Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater"}
+    | {"GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu"}
+    | {"Pow", "Sub", "Sum", "Xor"}
+)
+
+# Operators that, below an opset, are in training mode where they state more than one output.
+TRAINING_BY_OUTPUTS: Final = {"BatchNormalization": 14}
+
+# Operators whose first versions count axes forward only. Runtimes take negative ones all the
+# same; onnx's inference does as well, but with a wrong result.
+FORWARD_AXES: Final = {"Squeeze": 11, "Unsqueeze": 11}
+
+# Operators whose `axes` count the axes of the result, which has one more for each.
+AXES_OF_OUTPUT: Final = frozenset({"Unsqueeze"})
+
 # Operators that read the shape of their input and none of its elements.
 SHAPE_READERS: Final = frozenset({"Shape", "Size"})
 
@@ -199,9 +262,8 @@ def is_known(op: str) -> bool:
     return op in LEGACY or onnx.defs.has(op)
 
 
-# For judging results: operators that read no element of their input, that only widen a stored
-# type, that pick elements (the output that holds their indices), and that keep every element.
-SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
+# For judging results: operators that only widen a stored type, that pick elements (the output that
+# holds their indices), and that keep every element.
 STORAGE_READERS: Final = frozenset({"Cast", "CastLike", "DequantizeLinear"})
 PICKS: Final = {"ArgMax": 0, "ArgMin": 0, "NonMaxSuppression": 0, "TopK": 1}
 ELEMENTS_IN_PLACE: Final = frozenset(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx
 
 from graphopt.ir import Model, Node, Value
-from graphopt.operators import RUNTIME_DOMAINS, SHAPE_ONLY, STORAGE_READERS, is_random
+from graphopt.operators import RUNTIME_DOMAINS, SHAPE_READERS, STORAGE_READERS, is_random
 
 _FLOATS: dict[int, str] = {
     onnx.TensorProto.DOUBLE: "float64",
@@ -128,7 +128,7 @@ def _sources(start: Value) -> Iterator[Value]:
         if node is None:
             yield value
             continue
-        if node.op in SHAPE_ONLY and node.domain == "":
+        if node.op in SHAPE_READERS and node.domain == "":
             continue
         read = [v for v in node.inputs if v is not None]
         for body in node.graphs():

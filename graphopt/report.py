@@ -9,12 +9,15 @@ import platform
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from graphopt.ir import Model, Weight
 from graphopt.manager import PassRun
+
+if TYPE_CHECKING:
+    from graphopt.blame import Fault
 
 SCHEMA_VERSION: Final = 1
 Verdict = Literal["proved", "failed", "unproven", "skipped"]
@@ -59,6 +62,26 @@ class PassRecord(Record):
     seconds: float
     changes: list[ChangeRecord]
     error: str = ""
+    fired: dict[str, int] = Field(default={}, description="changes by rule")
+    rejected: dict[str, int] = Field(
+        default={}, description="by rule, nodes that its pattern fits and its requirements do not"
+    )
+
+
+class BlameRecord(Record):
+    """A change that made the model compute something else, found and denied."""
+
+    verdict: Literal["blamed", "accumulated"] = Field(
+        description="accumulated: no single change is to blame, all of the rule's together are"
+    )
+    scope: Literal["change", "rule", "pass"] = Field(description="what was denied for it")
+    rule: str
+    root: str
+    pass_text: str = Field(description="the pass that made the change, as in `passes`")
+    first_diverging: str = Field(description="the first value that differs; empty where unknown")
+    error: float = Field(description="relative to how much that value, or the output, varies")
+    reproducer: str = Field(description="folder with before.onnx and the command in pipeline.txt")
+    message: str
 
 
 class FeedRecord(Record):
@@ -160,6 +183,8 @@ class Report(Record):
     after: GraphStats
     passes: list[PassRecord]
     validation: ValidationRecord
+    blame: list[BlameRecord] = Field(default=[], description="what was denied to prove the result")
+    fingerprint: str = Field(default="", description="of the result: equal ones, the same graph")
     warnings: list[str]
     bench: BenchRecord | None = Field(default=None, description="original against result, if asked")
     seconds: float
@@ -191,7 +216,29 @@ def pass_record(run: PassRun) -> PassRecord:
     changes = [
         ChangeRecord(rule=c.rule, root=c.root, before=c.before, after=c.after) for c in run.changes
     ]
-    return PassRecord(text=run.text, seconds=run.seconds, changes=changes, error=run.error)
+    return PassRecord(
+        text=run.text,
+        seconds=run.seconds,
+        changes=changes,
+        error=run.error,
+        fired=dict(run.fired),
+        rejected=dict(run.rejected),
+    )
+
+
+def blame_record(fault: Fault) -> BlameRecord:
+    """A fault in the report's terms."""
+    return BlameRecord(
+        verdict=fault.kind,
+        scope=fault.scope,
+        rule=fault.rule,
+        root=fault.root,
+        pass_text=fault.step,
+        first_diverging=fault.diverging,
+        error=fault.error,
+        reproducer=fault.reproducer,
+        message=fault.message,
+    )
 
 
 def file_info(path: Path, files: list[Path] | None = None) -> FileInfo:

@@ -87,6 +87,15 @@ class Store:
         tensor.external_data.add(key=self.key, value=str(index))
         tensor.data_location = onnx.TensorProto.EXTERNAL
 
+    def kept(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """The tensor, its data moved into the store where it is large."""
+        if len(tensor.raw_data) <= HOLLOW_OVER:
+            return tensor
+        data = tensor.raw_data
+        hollow = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        self.refer(hollow, self.add(StoredRange(MemorySource(data), 0, len(data))))
+        return hollow
+
     def marker(self, index: int) -> bytes:
         """The reference as the `external_data` field of a hollow tensor, in wire format."""
         key, value = self.key.encode(), str(index).encode()

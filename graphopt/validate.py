@@ -8,6 +8,7 @@ the noise floor that the candidate's error is judged against (`graphopt.judge`).
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,15 @@ from graphopt.runtime import Level, Port, Session, limits
 Progress = Callable[[str, float | None], None]
 
 _WAYS: Final[tuple[Level, Level]] = ("off", "default")
+_MORE_LEVELS: Final[tuple[Level, Level]] = ("basic", "extended")
 _MOST_FEEDS: Final = 24
 _FEWEST_FEEDS: Final = 6
+# Two feeds tell how much an output of many elements varies. One number may well be almost the same
+# in both, and dividing by that would call rounding an error: such outputs get more feeds alike.
+_FEW_ELEMENTS: Final = 8
+_ALIKE: Final = 3
 _SECONDS: Final = 30.0  # aimed at for all runs together; slow models get fewer feeds
-_ROUNDS: Final = 3  # of feeds, until every output is proved or that seems hopeless
-_PROVING_FEEDS: Final = 2  # wanted for each output
+_ROUNDS: Final = 3  # of feeds, until none that says nothing is unreplaced or that seems hopeless
 
 
 def validate_files(
@@ -96,7 +101,23 @@ class _Comparison:
             except RuntimeFailure as failure:
                 reason = f"the candidate does not run where the original does: {failure}"
                 return ValidationRecord(verdict="failed", reason=reason)
-            return self._verdict(model, states)
+            record = self._verdict(model, states)
+            if any(o.verdict == "failed" and math.isfinite(o.used) for o in record.outputs):
+                self._measure_noise(original, states)
+                record = self._verdict(model, states)
+            return record
+
+    def _measure_noise(self, original: Path, states: list[OutputState]) -> None:
+        """More draws of the original's noise, before a candidate that exceeds one is condemned.
+
+        One spread is one draw, and it is zero where onnxruntime happens to find nothing to fuse.
+        The further levels fuse differently; and feeds that lie one unit in the last place away are
+        the same to anybody, so that what they change is noise too.
+        """
+        self._all(original, states, "original", _MORE_LEVELS)
+        feeds = [proposals.nudged(feed, index) for index, feed in enumerate(self.feeds)]
+        with self._session(original, "off", "the original") as session:
+            self._execute(session, states, "original nudged", feeds)
 
     def _readable(self, model: Model, stack: ExitStack) -> Path:
         """The model's file, or a copy of a lower IR version where onnxruntime reads no higher."""
@@ -136,9 +157,14 @@ class _Comparison:
         if not session.inputs:
             return 0
         started = time.perf_counter()
-        session.run(self.feeds[0])
+        results = session.run(self.feeds[0])
         seconds = time.perf_counter() - started
-        return min(_MOST_FEEDS, max(_FEWEST_FEEDS, int(_SECONDS / 4 / max(seconds, 1e-6)))) - 1
+        smallest = min((array.size for v in results.values() for array in flatten(v)), default=0)
+        fitting = int(_SECONDS / 4 / max(seconds, 1e-6))
+        most = _MOST_FEEDS
+        if smallest < _FEW_ELEMENTS:  # in a third of the time, where that is enough for more
+            most = max(most, min(_ALIKE * most, fitting // 3))
+        return min(most, max(_FEWEST_FEEDS, fitting)) - 1
 
     def _draw(self, feeds: Iterator[tuple[str, dict[str, Any]]], count: int) -> None:
         for kind, feed in itertools.islice(feeds, count):
@@ -146,15 +172,21 @@ class _Comparison:
             self.feeds.append(feed)
 
     def _more(self, original: Path, model: Model, states: list[OutputState]) -> None:
-        """Replace feeds that prove nothing by others, as long as some output needs them."""
+        """Replace feeds that prove nothing about an output by others, of kinds that do if any."""
+        wanted = len(self.feeds)
         for round_number in range(1, _ROUNDS):
-            if self.data is not None or all(_proving_feeds(state) for state in states):
+            proving = [_proving_feeds(state) for state in states]
+            missing = wanted - min(map(len, proving), default=wanted)
+            if self.data is not None or missing <= 0:
                 return
+            # for the output that lacks most: what is drawn like a feed that told something
+            telling = {self.kinds[index] for index in min(proving, key=len)}
             with self._session(original, "off", "the original") as session:
                 if not session.inputs:
                     return
                 feeds = proposals.propose(model, session, seed=self.seed + round_number)
-                self._draw(feeds, len(self.feeds) // round_number)
+                some = itertools.islice(feeds, _MOST_FEEDS * missing)
+                self._draw((f for f in some if not telling or f[0] in telling), missing)
                 self._execute(session, states, "original off")
             self._all(original, states, "original", ("default",))
 
@@ -167,14 +199,20 @@ class _Comparison:
             with self._session(path, level, f"the {who}") as session:
                 self._execute(session, states, f"{who} {level}")
 
-    def _execute(self, session: Session, states: list[OutputState], way: str) -> None:
-        """Run the feeds that have not run this way yet."""
+    def _execute(
+        self,
+        session: Session,
+        states: list[OutputState],
+        way: str,
+        feeds: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Run the feeds that have not run this way yet, or others in their place."""
         names = [state.name for state in states]
         done = len(states[0].runs.get(way, ())) if states else 0
         for index in range(done, len(self.feeds)):
             self._tell(f"running {way}", index / len(self.feeds))
             try:
-                results = session.run(self.feeds[index], names)
+                results = session.run((feeds or self.feeds)[index], names)
             except RuntimeFailure as failure:
                 if way == "original off" and self.data is not None:
                     raise DataError(
@@ -268,10 +306,10 @@ def _judge_output(
     )
 
 
-def _proving_feeds(state: OutputState) -> bool:
-    signals = state.signals()
-    found = sum(noise_of(state, index, signal)[1] for index, signal in enumerate(signals))
-    return found >= min(_PROVING_FEEDS, len(signals))
+def _proving_feeds(state: OutputState) -> list[int]:
+    """Indices of the feeds that can prove something about the output."""
+    signals = enumerate(state.signals())
+    return [index for index, signal in signals if noise_of(state, index, signal)[1]]
 
 
 def _feed_record(kind: str, feed: Mapping[str, Any]) -> FeedRecord:

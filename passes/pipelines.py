@@ -6,17 +6,41 @@ from typing import Final
 
 from graphopt.errors import UsageError
 from graphopt.manager import Pass, parse_pipeline
+from graphopt.passes.canonicalize.fold_constants import FoldConstants
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
+from graphopt.passes.canonicalize.inline_functions import InlineFunctions
+from graphopt.passes.canonicalize.inline_if import InlineIf
+from graphopt.passes.canonicalize.lift_constants import LiftConstants
+from graphopt.passes.canonicalize.merge_duplicates import MergeDuplicates
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
-from graphopt.passes.canonicalize.remove_identity import RemoveIdentity
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
+from graphopt.passes.rules import Canonicalize, Fuse
 
 PASSES: Final[dict[str, type[Pass]]] = {
-    kind.name: kind for kind in (FreezeParameters, RemoveIdentity, RemoveDead, Graphsurgeon)
+    kind.name: kind
+    for kind in (
+        InlineFunctions,
+        FreezeParameters,
+        LiftConstants,
+        InlineIf,
+        Canonicalize,
+        FoldConstants,
+        Fuse,
+        MergeDuplicates,
+        RemoveDead,
+        Graphsurgeon,
+    )
 }
 
-_CLEANUP: Final = "freeze-parameters, remove-identity, remove-dead"
-LEVELS: Final[dict[int, str]] = {0: "", 1: _CLEANUP, 2: _CLEANUP, 3: _CLEANUP}
+# Readers that are dead, and values computed twice, keep rules from firing: they go before.
+_PLAIN: Final = (
+    "inline-functions, freeze-parameters, lift-constants, fold-constants, inline-if, "
+    "lift-constants, remove-dead, merge-duplicates, canonicalize, fold-constants, inline-if, "
+    "lift-constants, merge-duplicates, canonicalize"
+)
+_CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead"
+_FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates, remove-dead"
+LEVELS: Final[dict[int, str]] = {0: "", 1: _CLEANUP, 2: _FUSE, 3: _FUSE}
 
 
 def pipeline(level: int, passes: str | None, *, keep_overridable: bool = False) -> list[Pass]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +16,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("graphopt")
+
+
+# Every pass of every pipeline that a test runs is verified in full.
+os.environ.setdefault("GRAPHOPT_VERIFY_EACH", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

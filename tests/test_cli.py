@@ -321,7 +321,7 @@ def test_version() -> None:
 SLOW = """
 import sys, time
 import graphopt.api
-def wait(*_):
+def wait(*_, **__):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 graphopt.api.run_pipeline = wait

@@ -28,7 +28,7 @@ def show_report(report: Report, console: Console) -> None:
     console.print()
     text.show_beside(lists, console)
     lines = proof_lines(report.validation)
-    lines += [("warning", Text(text.clean(w), style="yellow")) for w in report.warnings]
+    lines += _warnings(report)
     if report.bench is not None:
         lines.append(("speed", Text(speed_line(report.bench))))
     console.print(text.facts(lines))
@@ -38,6 +38,17 @@ def show_report(report: Report, console: Console) -> None:
         size = text.size(report.target.bytes)
         line.append(f"  {size} in {text.duration(report.seconds)}", style="not dim")
         console.print(line, soft_wrap=True)  # a path stays whole, to be copied
+
+
+def show_refusal(report: Report, console: Console) -> None:
+    """What the comparison found, and what was tried to mend it."""
+    show_validation(report.validation, console)
+    if report.warnings:
+        console.print(text.facts(_warnings(report)))
+
+
+def _warnings(report: Report) -> list[tuple[str, Text | str]]:
+    return [("warning", Text(text.clean(w), style="yellow")) for w in report.warnings]
 
 
 def _sizes(report: Report) -> Table:

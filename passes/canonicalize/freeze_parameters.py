@@ -25,7 +25,9 @@ class FreezeParameters:
         if graph.inputs_are_frozen:
             return  # such a file must list them, and runtimes take them for constants anyway
         for value in list(graph.inputs):
-            if value.weight is not None and not value.is_output and _is_parameter(value):
+            if value.weight is None or value.is_output or not _is_parameter(value):
+                continue
+            if edit.allows("freeze-parameter", value.name):
                 edit.freeze_input(value)
                 edit.record("freeze-parameter", value.name, f"input {value.name}", "initializer")
 

@@ -30,8 +30,9 @@ def _remove_nodes(graph: Graph, model: Model, edit: Editor) -> None:
     """Readers before what they read, so that one sweep finds every dead chain."""
     for node in reversed(list(graph.nodes)):
         dead = not any(_is_needed(value) for value in node.outputs if value is not None)
-        if dead and node.outputs and is_pure(node, model):
-            root = next((value.name for value in node.outputs if value is not None), "")
+        root = next((value.name for value in node.outputs if value is not None), "")
+        pure = dead and node.outputs and is_pure(node, model)
+        if pure and edit.allows("remove-dead-node", root):
             before = node.text()
             edit.remove_node(node)
             edit.record("remove-dead-node", root, before, "")
@@ -42,9 +43,11 @@ def _remove_nodes(graph: Graph, model: Model, edit: Editor) -> None:
 
 def _remove_initializers(graph: Graph, edit: Editor) -> None:
     for value in list(graph.initializers):
-        if _is_needed(value) or value.constant is None:
-            continue
         kept = value.constant
+        if _is_needed(value) or kept is None:
+            continue
+        if not edit.allows("remove-dead-initializer", value.name):
+            continue
         if value.is_input:
             edit.freeze_input(value)
         edit.remove_value(value)

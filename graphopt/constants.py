@@ -1,0 +1,49 @@
+"""Constants however a model states them: initializers and Constant nodes are one thing here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx
+
+from graphopt.ir import Node, Value, Weight
+from graphopt.storage import Store
+
+CONSTANT: Final = "Constant"
+_KINDS: Final = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def constant_of(value: Value | None, store: Store) -> Weight | None:
+    """The weight behind an initializer that no caller can replace, or behind a Constant node."""
+    if value is None:
+        return None
+    if value.weight is not None or value.producer is None:
+        return value.constant
+    return node_constant(value.producer, store)
+
+
+def node_constant(node: Node, store: Store) -> Weight | None:
+    """The weight that a Constant node holds, None for any other node."""
+    if node.op != CONSTANT or node.domain or len(node.proto.attribute) != 1:
+        return None
+    stated = node.proto.attribute[0]
+    if stated.name == "value":
+        return Weight(stated.t, store)
+    if stated.name == "sparse_value":
+        return Weight(stated.sparse_tensor, store)
+    if stated.name in _KINDS:
+        array = np.asarray(onnx.helper.get_attribute_value(stated), _KINDS[stated.name])
+        return Weight(onnx.numpy_helper.from_array(array), store)
+    if stated.name in ("value_string", "value_strings"):
+        texts = [stated.s] if stated.name == "value_string" else list(stated.strings)
+        shape = [] if stated.name == "value_string" else [len(texts)]
+        tensor = onnx.TensorProto(dims=shape, data_type=onnx.TensorProto.STRING)
+        tensor.string_data.extend(texts)
+        return Weight(tensor, store)
+    return None

@@ -1,0 +1,303 @@
+"""Proven types and shapes: what follows from constants, from enforced input sizes, by inference.
+
+Nothing declared is believed: neither value_info, nor the shapes of outputs, nor that two dims of
+one name are equal. The sizes and ranks of graph inputs are: onnxruntime refuses a feed that
+contradicts them. Symbols that inference carries from one value to another do mean equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+
+from graphopt import exporter
+from graphopt.constants import constant_of
+from graphopt.ir import Graph, Model, Node, Shape, Value
+from graphopt.operators import FORWARD_AXES
+from graphopt.storage import HOLLOW_OVER
+
+_NAMED_BY_INFERENCE: Final = "unk__"
+_NOWHERE: Final = "graphopt.unknown"  # a domain of which inference knows nothing
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Element type (TensorProto.DataType) and shape; a dim is a size, a symbol, or unknown."""
+
+    data_type: int
+    shape: Shape | None
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+    def stands_for(self, other: TensorType) -> bool:
+        """False where this is not proven of a value of which the other is.
+
+        Two different symbols may be of one size, but a rewrite that exchanges them has not shown
+        it; neither has one whose sizes do not follow where they did before.
+        """
+        if self.data_type != other.data_type:
+            return False
+        if other.shape is None:
+            return True
+        if self.shape is None:
+            return False
+        return len(self.shape) == len(other.shape) and all(
+            a == b or (a is None and _is_open(b)) or b is None
+            for a, b in zip(self.shape, other.shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        name = onnx.TensorProto.DataType.Name(self.data_type).lower()
+        if self.shape is None:
+            return name
+        return f"{name}[{','.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
+    def proto(self) -> onnx.TypeProto:
+        """The same as a TypeProto."""
+        return onnx.helper.make_tensor_type_proto(self.data_type, self.shape)
+
+
+class Types:
+    """What is proven of every value of a model; kept up as nodes are added."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._known: dict[Value, TensorType] = {}
+        self._opsets = list(model.proto.opset_import)
+        inferred = _inferred(model)
+        for graph, proto in zip(model.graphs(), _walk(inferred.graph), strict=True):
+            self._collect(graph, proto)
+        for graph in model.graphs():
+            if graph.owner is not None:
+                self._complete(graph)
+
+    def __getitem__(self, value: Value) -> TensorType | None:
+        """What is proven of the value; None where that is nothing, or it is no tensor."""
+        if value.constant is not None:
+            return TensorType(value.constant.data_type, value.constant.shape)
+        return self._known.get(value)
+
+    def __setitem__(self, value: Value, known: TensorType) -> None:
+        self._known[value] = known
+
+    def infer(
+        self,
+        node: onnx.NodeProto,
+        inputs: Mapping[str, TensorType],
+        data: Mapping[str, onnx.TensorProto],
+    ) -> dict[str, TensorType]:
+        """Types of a node's outputs by name, from those of its inputs and from constants."""
+        try:
+            found = self._infer(node, inputs, data)
+        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+            return {}
+        typed = {name: from_proto(kind) for name, kind in found.items()}
+        return {name: kind for name, kind in typed.items() if kind is not None}
+
+    def accepts(
+        self,
+        node: onnx.NodeProto,
+        inputs: Mapping[str, TensorType],
+        data: Mapping[str, onnx.TensorProto],
+    ) -> bool:
+        """False where the operator cannot take inputs of these types and values.
+
+        Runtimes refuse a model that has such a node, even where no run would come to it.
+        """
+        try:
+            self._infer(node, inputs, data)
+        except onnx.shape_inference.InferenceError:
+            return False
+        except (onnx.defs.SchemaError, RuntimeError):
+            return True
+        return True
+
+    def _infer(
+        self,
+        node: onnx.NodeProto,
+        inputs: Mapping[str, TensorType],
+        data: Mapping[str, onnx.TensorProto],
+    ) -> dict[str, onnx.TypeProto]:
+        if any(name and name not in inputs for name in node.input):
+            return {}
+        if _counts_back(node, self._model.opsets.get("", 1)):
+            return {}
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        version = self._model.opsets.get(domain)
+        schema = onnx.defs.get_schema(node.op_type, version or 1, domain)
+        return onnx.shape_inference.infer_node_outputs(
+            schema,
+            node,
+            {name: known.proto() for name, known in inputs.items()},
+            dict(data),
+            opset_imports=self._opsets,
+            ir_version=self._model.proto.ir_version,
+        )
+
+    def _collect(self, graph: Graph, proto: onnx.GraphProto) -> None:
+        for info in (*proto.value_info, *proto.output, *proto.input):
+            value = graph.values.get(info.name)
+            known = from_proto(info.type)
+            if value is not None and known is not None:
+                self._known[value] = known
+
+    def _complete(self, body: Graph) -> None:
+        """What onnx leaves open in a body: it does not look at constants of the graphs around."""
+        for node in body.nodes:
+            if node.bodies or all(self._is_settled(value) for value in node.outputs):
+                continue
+            found = node_types(node, self, self._model)
+            for value in node.outputs:
+                if value is not None and value.name in found:
+                    self._known[value] = found[value.name]
+
+    def _is_settled(self, value: Value | None) -> bool:
+        known = self[value] if value is not None else None
+        if known is None or known.shape is None:
+            return value is None
+        return all(isinstance(size, int) for size in known.shape)
+
+
+def _is_open(size: int | str | None) -> bool:
+    """True for a size that inference only named, because nothing is known of it."""
+    return size is None or (isinstance(size, str) and size.startswith(_NAMED_BY_INFERENCE))
+
+
+def from_proto(kind: onnx.TypeProto) -> TensorType | None:
+    """The type of a tensor; None for sequences, maps, optionals and what has no element type."""
+    tensor = kind.tensor_type
+    if not tensor.elem_type:
+        return None
+    if not tensor.HasField("shape"):
+        return TensorType(tensor.elem_type, None)
+    return TensorType(tensor.elem_type, tuple(_dim(dim) for dim in tensor.shape.dim))
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param or None
+
+
+def _inferred(model: Model) -> onnx.ModelProto:
+    """onnx's inference over the hollow model, from nothing that is merely declared."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(exporter.to_hollow(model))
+    _forget_defaults(model.graph, proto.graph)
+    symbols = (f"d{number}" for number in _counter())
+    for graph in _walk(proto.graph):
+        del graph.value_info[:]
+        for info in graph.output:
+            _forget_shape(info.type)
+        for node in graph.node:
+            if _counts_back(node, model.opsets.get("", 1)):
+                node.domain = _NOWHERE
+    proto.opset_import.add(domain=_NOWHERE, version=1)
+    for info in proto.graph.input:
+        _own_symbols(info.type, symbols)
+    inner = (graph for graph in _walk(proto.graph) if graph is not proto.graph)
+    for graph in inner:
+        for info in graph.input:
+            _forget_shape(info.type)
+    return onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+
+
+def _forget_defaults(graph: Graph, proto: onnx.GraphProto) -> None:
+    """Take out what a caller may replace: inference would read shapes from it."""
+    if any(value.weight is not None and value.constant is None for value in graph.inputs):
+        fixed = {value.name for value in graph.initializers if value.constant is not None}
+        kept = [tensor for tensor in proto.initializer if tensor.name in fixed]
+        del proto.initializer[:]
+        proto.initializer.extend(kept)
+
+
+def _counts_back(node: onnx.NodeProto, opset: int) -> bool:
+    """True for negative axes in a version that onnx infers wrongly with them."""
+    if node.domain or opset >= FORWARD_AXES.get(node.op_type, 0):
+        return False
+    return any(axis < 0 for a in node.attribute if a.name == "axes" for axis in a.ints)
+
+
+def _counter() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def _forget_shape(kind: onnx.TypeProto) -> None:
+    if kind.HasField("tensor_type"):
+        kind.tensor_type.ClearField("shape")
+
+
+def _own_symbols(kind: onnx.TypeProto, symbols: Iterator[str]) -> None:
+    """Give every free dim a symbol of its own: equal names prove nothing."""
+    for dim in kind.tensor_type.shape.dim:
+        if not dim.HasField("dim_value") or dim.dim_value <= 0:
+            dim.dim_param = next(symbols)
+
+
+def _walk(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and its bodies, in the order of `Graph.walk`."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            bodies = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+            for body in bodies:
+                yield from _walk(body)
+
+
+def small_data(value: Value, model: Model) -> onnx.TensorProto | None:
+    """The tensor behind a constant of up to 1 KB: inference reads shapes and axes from it."""
+    weight = constant_of(value, model.store)
+    if weight is None or weight.is_sparse or weight.nbytes > HOLLOW_OVER:
+        return None
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(weight.tensor)
+    tensor.name = value.name
+    return tensor
+
+
+def node_types(node: Node, types: Types, model: Model) -> dict[str, TensorType]:
+    """Types that follow for the outputs of a node in the graph."""
+    known, data = _operands(node, types, model)
+    return types.infer(_current(node), known, data)
+
+
+def takes(
+    node: Node, types: Types, model: Model, given: Mapping[Value, TensorType | onnx.TensorProto]
+) -> bool:
+    """False where the node in the graph would be refused if these were types of its inputs, or
+    constants that they are."""
+    known, data = _operands(node, types, model)
+    for value, what in given.items():
+        if isinstance(what, TensorType):
+            known[value.name] = what
+        else:
+            known[value.name] = TensorType(what.data_type, tuple(what.dims))
+            data[value.name] = what
+    return types.accepts(_current(node), known, data)
+
+
+def _operands(
+    node: Node, types: Types, model: Model
+) -> tuple[dict[str, TensorType], dict[str, onnx.TensorProto]]:
+    known = {v.name: t for v in node.inputs if v is not None and (t := types[v]) is not None}
+    data = {v.name: d for v in node.inputs if v is not None and (d := small_data(v, model))}
+    return known, data
+
+
+def _current(node: Node) -> onnx.NodeProto:
+    """The proto with the names of today; bodies as they were in the file."""
+    if not node.rewired:
+        return node.proto
+    proto = onnx.NodeProto()
+    proto.CopyFrom(node.proto)
+    proto.input[:] = [value.name if value is not None else "" for value in node.inputs]
+    proto.output[:] = [value.name if value is not None else "" for value in node.outputs]
+    return proto

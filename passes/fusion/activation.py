@@ -1,0 +1,110 @@
+"""Activation functions written out in parts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from graphopt.passes.guards import from_front, whole
+from graphopt.rules import Ops, Rewrite, Var, require, rule
+
+_SIXTH = 1 / 6
+NO_DOUBLES = "runtimes have no HardSigmoid of doubles"
+_EPSILON = 2.0**-23  # of float32, the type that attributes have
+
+
+@rule("fuse-gelu", min_opset=20, sample={"x": (2, 3, 4)})
+def fuse_gelu(op: Ops, x: Var) -> Rewrite:
+    """x * (1 + erf(x / sqrt(2))) / 2 => Gelu(x)."""
+    root = math.sqrt(2)
+    gate = op.Add(op.Erf(op.Div(x, root) | op.Mul(x, 1 / root)), 1.0)
+    twice = op.Mul(x, gate)
+    half = op.Mul(twice, 0.5) | op.Div(twice, 2.0)
+    yield half | op.Mul(op.Mul(x, 0.5), gate) | op.Mul(x, op.Mul(gate, 0.5))  # before => after
+    return op.Gelu(x)
+
+
+@rule("fuse-gelu-tanh", min_opset=20, sample={"x": (2, 3, 4)})
+def fuse_gelu_tanh(op: Ops, x: Var) -> Rewrite:
+    """x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x**3))) / 2 => Gelu(x, approximate="tanh")."""
+    cube = op.Pow(x, 3.0) | op.Mul(op.Mul(x, x), x)
+    bent = op.Add(x, op.Mul(cube, 0.044715))
+    gate = op.Add(op.Tanh(op.Mul(bent, math.sqrt(2 / math.pi))), 1.0)
+    half = op.Mul(op.Mul(x, gate), 0.5)
+    yield half | op.Mul(op.Mul(x, 0.5), gate) | op.Mul(x, op.Mul(gate, 0.5))  # before => after
+    require(x.dtype != np.float64, "the constants of Gelu hold in single precision")
+    return op.Gelu(x, approximate="tanh")
+
+
+@rule("fuse-hard-swish", min_opset=14, sample={"x": (2, 3, 4)})
+def fuse_hard_swish(op: Ops, x: Var) -> Rewrite:
+    """x * clip(x + 3, 0, 6) / 6 => HardSwish(x)."""
+    moved = op.Add(x, 3.0)
+    gate = op.Clip(moved, min=0.0, max=6.0) | op.Min(op.Max(moved, 0.0) | op.Relu(moved), 6.0)
+    product = op.Mul(x, gate)
+    share = op.Div(gate, 6.0) | op.Mul(gate, _SIXTH)
+    yield op.Div(product, 6.0) | op.Mul(product, _SIXTH) | op.Mul(x, share)  # before => after
+    require(x.dtype != np.float64, NO_DOUBLES)
+    return op.HardSwish(x)
+
+
+@rule(
+    "gate-hard-swish",
+    min_opset=7,
+    max_opset=13,
+    sample={"x": (2, 3, 4)},
+)
+def gate_hard_swish(op: Ops, x: Var) -> Rewrite:
+    """x * clip(x + 3, 0, 6) / 6 => x * HardSigmoid(x, 1/6, 1/2), before there was HardSwish."""
+    gate = op.Clip(op.Add(x, 3.0), min=0.0, max=6.0)
+    product = op.Mul(x, gate)
+    yield op.Div(product, 6.0) | op.Mul(product, _SIXTH)  # ----- before => after
+    require(x.dtype != np.float64, NO_DOUBLES)
+    return op.Mul(x, op.HardSigmoid(x, alpha=_SIXTH, beta=0.5))
+
+
+@rule("fuse-hard-sigmoid", min_opset=7, sample={"x": (2, 3, 4)})
+def fuse_hard_sigmoid(op: Ops, x: Var) -> Rewrite:
+    """clip(x + 3, 0, 6) / 6 => HardSigmoid(x, 1/6, 1/2)."""
+    gate = op.Clip(op.Add(x, 3.0), min=0.0, max=6.0)
+    yield op.Div(gate, 6.0) | op.Mul(gate, _SIXTH)  # ----------- before => after
+    require(x.dtype != np.float64, NO_DOUBLES)
+    return op.HardSigmoid(x, alpha=_SIXTH, beta=0.5)
+
+
+@rule(
+    "fuse-gated-hard-swish",
+    min_opset=14,
+    sample={"x": (2, 3, 4), "gate.alpha": _SIXTH, "gate.beta": 0.5},
+    refuses=[{"gate.alpha": 0.2}, {"gate.beta": 0.4}],
+)
+def fuse_gated_hard_swish(op: Ops, x: Var) -> Rewrite:
+    """x * HardSigmoid(x, 1/6, 1/2) => HardSwish(x)."""
+    gate = op.HardSigmoid(x)
+    yield op.Mul(x, gate)  # ------------------------------------ before => after
+    require(abs(gate.attr("alpha") - _SIXTH) <= _EPSILON * _SIXTH, "alpha is not 1/6")
+    require(abs(gate.attr("beta") - 0.5) <= _EPSILON / 2, "beta is not 1/2")
+    return op.HardSwish(x)
+
+
+@rule(
+    "fuse-softmax",
+    min_opset=13,
+    sample=[
+        {"x": (2, 3, 4), "top.axes": [1], "total.axes": [-2]},
+        {"top.axes": [-1], "total.axes": [-1]},
+    ],
+    refuses=[{"total.axes": [2]}, {"top.axes": [1, 2], "total.axes": [1, 2]}],
+)
+def fuse_softmax(op: Ops, x: Var) -> Rewrite:
+    """exp(x - max(x)) / sum(exp(x - max(x))) => Softmax(x)."""
+    top = op.ReduceMax(x, keepdims=1)
+    powers = op.Exp(op.Sub(x, top))
+    total = op.ReduceSum(powers, keepdims=1)
+    yield op.Div(powers, total) | op.Mul(powers, op.Reciprocal(total))  # before => after
+    first, second = (whole(each.attr("axes")) for each in (top, total))
+    require(len(first) == len(second) == 1, "it does not run along one axis")
+    same = first == second or from_front(first, x.rank) == from_front(second, x.rank)
+    require(same, "maximum and sum run along different axes")
+    return op.Softmax(x, axis=first[0])

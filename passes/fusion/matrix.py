@@ -1,0 +1,82 @@
+"""What follows a matrix product and can be part of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt.passes.guards import broadcasts_into
+from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
+
+_CHANNELS = np.random.default_rng(0).uniform(0.5, 1.5, 5)
+
+
+@rule(
+    "fuse-matmul-add",
+    min_opset=7,
+    sample=[
+        {"a": (3, 4), "b": (4, 5), "c": (5,)},
+        {"c": (1, 5)},
+        {"c": (3, 1)},
+        {"c": (3, 5)},
+        {"c": 0.5},
+    ],
+    refuses=[
+        {"a": (2, 3, 4)},
+        {"a": (1, 4), "c": (3, 5)},
+        {"b": (4, 1), "c": (5,)},
+        {"c": (1, 3, 5)},
+        {"b": (4,), "c": (3,)},
+        {"a": [[1, 2]], "b": [[3], [4]], "c": [[5]]},
+    ],
+)
+def fuse_matmul_add(op: Ops, a: Var, b: Var, c: Var) -> Rewrite:
+    """MatMul(a, b) + c => Gemm(a, b, c), of matrices."""
+    yield op.Add(op.MatMul(a, b), c)  # ------------------------- before => after
+    require(a.rank == b.rank == 2, "the operands are not matrices")
+    require(a.dtype in (np.float16, np.float32, np.float64), "runtimes have no such Gemm")
+    require(broadcasts_into(c.shape, (a.shape[0], b.shape[1])), "what is added spreads out")
+    return op.Gemm(a, b, c)
+
+
+@rule(
+    "fuse-gemm-batchnorm",
+    min_opset=9,
+    sample=[
+        {
+            "x": (3, 4),
+            "w": (4, 5),
+            "gamma": _CHANNELS,
+            "beta": (5,),
+            "mean": (5,),
+            "var": _CHANNELS[::-1],
+            "c": (5,),
+            "gemm.alpha": 0.5,
+            "gemm.beta": 2.0,
+            "gemm.transA": 0,
+            "gemm.transB": 0,
+        },
+        {"x": (4, 3), "w": (5, 4), "c": (1, 5), "gemm.transA": 1, "gemm.transB": 1},
+        {"c": 0.5, "w": (5, 5), "x": (3, 5)},
+    ],
+    refuses=[{"c": (3, 1)}, {"c": (3, 5)}, {"x": (5, 4), "c": (5, 1)}],
+)
+def fuse_gemm_batchnorm(
+    op: Ops,
+    x: Var,
+    w: Const,
+    gamma: Const,
+    beta: Const,
+    mean: Const,
+    var: Const,
+    c: Const = absent(0.0),
+) -> Rewrite:
+    """BatchNormalization(Gemm(x, w, c)) => Gemm(x, w*k, (c - mean)*k + beta), k = gamma/std."""
+    gemm = op.Gemm(x, w, c)
+    bn = op.BatchNormalization(gemm, gamma, beta, mean, var, training_mode=0)
+    yield bn  # ------------------------------------------------- before => after
+    k = gamma.values / np.sqrt(var.values + bn.attr("epsilon"))
+    added = c.values * gemm.attr("beta")
+    require(broadcasts_into(added.shape, (1, len(k))), "what is added is not per feature")
+    weights = w.values * (k[:, None] if gemm.attr("transB") else k)
+    bias = (added.reshape(-1) - mean.values) * k + beta.values
+    return op.Gemm(x, weights, bias, **gemm.attrs | {"beta": 1.0})

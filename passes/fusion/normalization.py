@@ -1,0 +1,100 @@
+"""Normalisation written out in parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from graphopt.rules import Const, Ops, Rejected, Rewrite, Var, absent, require, rule
+
+
+@rule(
+    "fuse-layer-norm",
+    min_opset=17,
+    sample={"x": (2, 5, 8), "gamma": (8,), "beta": (8,), "eps": 1e-5},
+    refuses=[
+        {"gamma": (5, 1), "beta": (5, 1)},
+        {"gamma": (1,), "beta": (1,)},
+        {"beta": (5, 8)},
+        {"x": (2, 5, 1)},
+    ],
+)
+def fuse_layer_norm(op: Ops, x: Var, gamma: Const, beta: Const, eps: Const) -> Rewrite:
+    """(x - mean(x)) / sqrt(var(x) + eps) * gamma + beta => LayerNormalization(x, gamma, beta)."""
+    d = op.Sub(x, op.ReduceMean(x, axes=[-1], keepdims=1))
+    square = op.Mul(d, d) | op.Pow(d, 2.0)
+    std = op.Sqrt(op.Add(op.ReduceMean(square, axes=[-1], keepdims=1), eps))
+    normed = op.Div(d, std) | op.Mul(d, op.Reciprocal(std))
+    yield op.Add(op.Mul(normed, gamma), beta)  # --------------- before => after
+    require(gamma.shape == beta.shape == x.shape[-1:], "affine is not per-feature")
+    return op.LayerNormalization(
+        x, gamma, beta, axis=-1, epsilon=eps.scalar(), stash_type=precision(x)
+    )
+
+
+def precision(x: Var) -> int | None:
+    """The type in which LayerNormalization computes, where that is not its default, float32."""
+    return onnx.TensorProto.DOUBLE if x.dtype == np.float64 else None
+
+
+@rule(
+    "fuse-plain-layer-norm",
+    min_opset=17,
+    sample={"x": (2, 5, 8), "eps": 1e-5},
+    refuses=[{"eps": [1e-5] * 8}],
+)
+def fuse_plain_layer_norm(op: Ops, x: Var, eps: Const) -> Rewrite:
+    """(x - mean(x)) / sqrt(var(x) + eps) => LayerNormalization(x, 1)."""
+    d = op.Sub(x, op.ReduceMean(x, axes=[-1], keepdims=1))
+    square = op.Mul(d, d) | op.Pow(d, 2.0)
+    std = op.Sqrt(op.Add(op.ReduceMean(square, axes=[-1], keepdims=1), eps))
+    yield op.Div(d, std) | op.Mul(d, op.Reciprocal(std))  # ----- before => after
+    features = x.shape[-1]
+    if not isinstance(features, int):
+        raise Rejected("the number of features is not known")
+    ones = np.ones(features, np.float32)
+    return op.LayerNormalization(x, ones, axis=-1, epsilon=eps.scalar(), stash_type=precision(x))
+
+
+@rule(
+    "fuse-layer-norm-mul",
+    min_opset=17,
+    sample=[
+        {"x": (2, 5, 8), "s": (8,), "b": (8,), "c": (8,), "ln.axis": -1, "ln.epsilon": 1e-3},
+        {"c": 0.5},
+        {"s": (5, 8), "b": (5, 8), "c": (5, 8), "ln.axis": 1},
+    ],
+    refuses=[{"c": (5, 1)}, {"c": (5, 8)}, {"c": (1, 1, 1, 1)}],
+)
+def fuse_layer_norm_mul(op: Ops, x: Var, s: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """LayerNormalization(x, s, b) * c => LayerNormalization(x, s*c, b*c), c per feature."""
+    ln = op.LayerNormalization(x, s, b)
+    yield op.Mul(ln, c)  # -------------------------------------- before => after
+    require(_is_per_feature(c, s), "the constant is not per feature")
+    bias = None if b.is_absent else b.values * c.values
+    return op.LayerNormalization(x, s.values * c.values, bias, **ln.attrs)
+
+
+@rule(
+    "fuse-layer-norm-add",
+    min_opset=17,
+    sample=[
+        {"x": (2, 5, 8), "s": (8,), "b": (8,), "c": (8,), "ln.axis": -1, "ln.epsilon": 1e-3},
+        {"s": (5, 8), "b": (5, 8), "c": (5, 8), "ln.axis": 1},
+    ],
+    refuses=[{"c": (5, 1)}, {"c": (2, 5, 8)}, {"x": (1, 5, 8), "c": (2, 5, 8)}],
+)
+def fuse_layer_norm_add(op: Ops, x: Var, s: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """LayerNormalization(x, s, b) + c => LayerNormalization(x, s, b + c), c per feature."""
+    ln = op.LayerNormalization(x, s, b)
+    yield op.Add(ln, c)  # -------------------------------------- before => after
+    require(_is_per_feature(c, s), "the constant is not per feature")
+    require(b.values.ndim <= s.values.ndim, "the bias has more axes than the scale")
+    bias = np.broadcast_to(b.values + c.values, s.values.shape)
+    return op.LayerNormalization(x, s, bias, **ln.attrs)
+
+
+def _is_per_feature(c: Const, scale: Const) -> bool:
+    """True for a constant of the scale's shape, or one number that adds no axis to it."""
+    alike = c.values.shape == scale.values.shape
+    return alike or (c.values.size == 1 and c.values.ndim <= scale.values.ndim)
