@@ -65,7 +65,8 @@ class Row:
         ]
 
 
-HEADINGS = "model nodes MB MB-out noise error proving s peak-MB verdict".split()
+HEADINGS = ["model", "nodes", "MB", "MB-out", "noise", "error"]
+HEADINGS += ["proving", "s", "peak-MB", "verdict"]
 
 
 def sources(wanted: list[str]) -> dict[str, Path]:

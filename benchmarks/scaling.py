@@ -11,6 +11,7 @@ ratio is over the bar.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def report(best: dict[int, dict[str, float]]) -> int:
     for step in ("load", "types", "rules", "save", "whole"):
         low, high = (
             (best[b][step] - best[a][step]) / (b - a)
-            for a, b in zip(SIZES, SIZES[1:], strict=False)
+            for a, b in itertools.pairwise(SIZES)
         )
         ratios[step] = high / low if low > 0 else float("nan")
         print(

@@ -172,14 +172,14 @@ def silu_hard(op: Ops, x: Var) -> Rewrite:
 
 
 @wrong("concat-order", "nudenet_yolov8n", 13)
-def concat_order(op: Ops, x: Var, y: Var) -> Rewrite:
-    """Concat(x, y) => Concat(y, x, nothing): the order is wrong."""
-    concat = op.Concat(x, y)
+def concat_order(op: Ops, x: Var, y: Var, z: Var) -> Rewrite:
+    """Concat(x, y, z) => Concat(x, z, y, nothing): the order is wrong."""
+    concat = op.Concat(x, y, z)
     yield concat
     require(x.dtype.kind == "f", "a shape, which would not fit")
     axis = np.array([concat.attr("axis")])
     nothing = op.Slice(x, np.array([0]), np.array([0]), axis)
-    return op.Concat(y, x, nothing, **concat.attrs)
+    return op.Concat(x, z, y, nothing, **concat.attrs)
 
 
 @wrong("maxpool-average", "nudenet_yolov8n")

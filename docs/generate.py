@@ -17,7 +17,7 @@ from graphopt.passes.pipelines import LEVELS, PASSES
 from graphopt.report import Report
 
 HERE = Path(__file__).parent
-COMMANDS = ("", "optimize", "validate", "inspect", "bench", "passes")
+COMMANDS = ("", "optimize", "validate", "inspect", "bench", "explain", "passes")
 
 
 def commands() -> str:

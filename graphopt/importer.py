@@ -10,6 +10,7 @@ from typing import Final
 
 import onnx
 
+from graphopt import collector
 from graphopt.errors import ModelError
 from graphopt.ir import Graph, Model, Node, Value, Weight
 from graphopt.operators import is_known
@@ -32,7 +33,8 @@ def build(proto: onnx.ModelProto, store: Store, label: str) -> Model:
         importer.check_text(entry.domain)
     for function in proto.functions:
         importer.check_text(function.domain, function.name, function.overload)
-    graph = importer.graph(proto.graph, None)
+    with collector.paused():
+        graph = importer.graph(proto.graph, None)
     graph.inputs_are_frozen = 0 < proto.ir_version < _CONSTANT_INPUTS_BELOW_IR
     importer.pin_training(proto, graph)
     model = Model(proto, store, graph, label)

@@ -1,6 +1,6 @@
 """Passes, the pipelines they form, and what running one does.
 
-A pipeline is text that round-trips: `remove-identity, freeze-parameters{keep=x}, remove-dead`.
+A pipeline is text that round-trips: `canonicalize, fuse{rules=fuse-gelu}, remove-dead`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from graphopt.manager import run_pipeline
 from graphopt.passes.pipelines import LEVELS, pipeline
 from tests import graphs
 
-IDENTITY_PASS = "remove-identity"
-IDENTITY_RULE = "remove-identity"
+IDENTITY_PASS = "canonicalize{rules=eliminate-identity}"
+IDENTITY_RULE = "eliminate-identity"
 
 
 def run(before: onnx.ModelProto | Path, passes: str) -> tuple[onnx.ModelProto, list[str]]:
@@ -40,7 +40,7 @@ def golden(passes: str, before: str, expected: str, told: list[str], **fields: i
     assert more == []
 
 
-# -- remove-identity -------------------------------------------------------------------------------
+# -- eliminate-identity ----------------------------------------------------------------------------
 
 
 def identity(before: str, expected: str, told: list[str]) -> None:

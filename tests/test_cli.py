@@ -97,7 +97,7 @@ def test_optimize_writes_proves_and_says_so(model: Path, tmp_path: Path) -> None
     result = run("optimize", model, out)
     assert (result.returncode, result.stderr) == (0, "")  # quiet when piped
     assert len(onnx.load(out).graph.node) == 2
-    for part in ("nodes", "-33.3 %", "remove-identity", "1 x", "proved", "noise floor", "feeds"):
+    for part in ("nodes", "-33.3 %", "eliminate-identity", "1 x", "proved", "noise floor", "feeds"):
         assert part in result.stdout
     assert f"written     {out}  " in result.stdout
     assert "\x1b" not in result.stdout
