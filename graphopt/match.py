@@ -56,7 +56,7 @@ class Context:
     model: Model
     types: Types
 
-    @property
+    @functools.cached_property
     def opset(self) -> int:
         return self.model.opsets.get("", 1)
 
@@ -202,28 +202,13 @@ class _Matcher:
 
     def orders(self, pattern: PatternNode, node: Node) -> Iterator[Sequence[Value | None]]:
         """The inputs that are operands, in each order that means the same."""
-        settled = self.settled(pattern)
+        settled = _settled(pattern, self.context.opset)
         values = [value for slot, value in enumerate(node.inputs) if slot not in settled]
         while values and values[-1] is None:
             values.pop()
         yield values
         if node.op in COMMUTATIVE and len(values) == 2 and values[0] is not values[1]:
             yield values[::-1]
-
-    def settled(self, pattern: PatternNode) -> set[int]:
-        """Inputs that are attributes to the pattern: it names them so, or not at all."""
-        opset = self.context.opset
-        slots = {
-            name: slot
-            for op, name in ATTRIBUTE_INPUTS
-            if op == pattern.op and (slot := input_slot(op, name, opset)) is not None
-        }
-        named = {slot for name, slot in slots.items() if name in pattern.attributes}
-        if any(isinstance(each, Variable) and each.kind is Vars for each in pattern.operands):
-            return named
-        free = (slot for slot in itertools.count() if slot not in named)
-        by_position = set(itertools.islice(free, len(pattern.operands)))
-        return named | (set(slots.values()) - by_position)
 
     def has_outputs(self, pattern: PatternNode, node: Node) -> bool:
         """True where the node computes no output that the pattern does not know of."""
@@ -269,6 +254,22 @@ class _Matcher:
             return bool(found[0] == nearest[0]) and float(nearest[0]) == wanted
         gap = abs(float(found[0]) - float(nearest[0]))
         return gap <= _LITERAL_ULPS * _epsilon(found.dtype) * abs(float(nearest[0]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _settled(pattern: PatternNode, opset: int) -> frozenset[int]:
+    """Inputs that are attributes to the pattern: it names them so, or not at all."""
+    slots = {
+        name: slot
+        for op, name in ATTRIBUTE_INPUTS
+        if op == pattern.op and (slot := input_slot(op, name, opset)) is not None
+    }
+    named = {slot for name, slot in slots.items() if name in pattern.attributes}
+    if any(isinstance(each, Variable) and each.kind is Vars for each in pattern.operands):
+        return frozenset(named)
+    free = (slot for slot in itertools.count() if slot not in named)
+    by_position = set(itertools.islice(free, len(pattern.operands)))
+    return frozenset(named | (set(slots.values()) - by_position))
 
 
 def stated(node: Node, name: str, context: Context) -> Any:

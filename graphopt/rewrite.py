@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from graphopt import collector
 from graphopt.bound import Bound, BoundVars, Planned
 from graphopt.edit import Editor
 from graphopt.ir import Node, Value
@@ -38,6 +39,12 @@ def apply_rules(rules: Sequence[Rule], edit: Editor, tally: Tally | None = None)
     Raises RuleError where they fire without end, because they undo one another.
     """
     tally = tally or Tally()
+    with collector.paused():
+        _work_off(rules, edit, tally)
+    return tally
+
+
+def _work_off(rules: Sequence[Rule], edit: Editor, tally: Tally) -> None:
     opset = Context(edit.model, edit.types).opset
     applicable = [rule for rule in rules if rule.applies_to(opset)]
     by_root: dict[str, list[Rule]] = {}
@@ -64,7 +71,6 @@ def apply_rules(rules: Sequence[Rule], edit: Editor, tally: Tally | None = None)
                 pending.extend(fresh)
                 queued.update(fresh)
                 break
-    return tally
 
 
 def _within(touched: Sequence[Node], depth: int) -> dict[Node, None]:

@@ -13,7 +13,7 @@ from typing import Final
 
 import onnx
 
-from graphopt import exporter
+from graphopt import collector, exporter
 from graphopt.constants import constant_of
 from graphopt.ir import Graph, Model, Node, Shape, Value
 from graphopt.operators import FORWARD_AXES
@@ -69,9 +69,10 @@ class Types:
         self._model = model
         self._known: dict[Value, TensorType] = {}
         self._opsets = list(model.proto.opset_import)
-        inferred = _inferred(model)
-        for graph, proto in zip(model.graphs(), _walk(inferred.graph), strict=True):
-            self._collect(graph, proto)
+        with collector.paused():
+            inferred = _inferred(model)
+            for graph, proto in zip(model.graphs(), _walk(inferred.graph), strict=True):
+                self._collect(graph, proto)
         for graph in model.graphs():
             if graph.owner is not None:
                 self._complete(graph)

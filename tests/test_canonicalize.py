@@ -61,7 +61,7 @@ def test_a_chain_goes_in_one_run() -> None:
         """g (float[4] x) => (float[4] y)
         { a = Identity (x)  b = Identity (a)  c = Identity (b)  y = Neg (c) }""",
         "g (float[4] x) => (float[4] y) { y = Neg (x) }",
-        ["a", "b", "c"],
+        ["c", "b", "a"],  # readers before what they read
     )
 
 
@@ -88,7 +88,7 @@ def test_a_chain_before_an_output() -> None:
     identity(
         "g (float[4] x) => (float[4] y) { a = Neg (x)  b = Identity (a)  y = Identity (b) }",
         "g (float[4] x) => (float[4] y) { y = Neg (x) }",
-        ["b", "y"],
+        ["y", "y"],
     )
 
 
@@ -105,8 +105,8 @@ def test_of_two_outputs_of_one_value_one_stays_an_identity() -> None:
     identity(
         """g (float[4] x) => (float[4] y, float[4] z)
         { a = Neg (x)  y = Identity (a)  z = Identity (a) }""",
-        "g (float[4] x) => (float[4] y, float[4] z) { y = Neg (x)  z = Identity (y) }",
-        ["y"],
+        "g (float[4] x) => (float[4] y, float[4] z) { z = Neg (x)  y = Identity (z) }",
+        ["z"],
     )
 
 
@@ -163,7 +163,7 @@ def test_identities_inside_bodies() -> None:
         """g (bool c, float[4] x) => (float[4] y)
         { y = If (c) <then_branch = t () => (float[4] r) { r = Neg (x) },
                       else_branch = e () => (float[4] s) { s = Identity (x) }> }""",
-        ["a", "r"],
+        ["r", "a"],
     )
 
 

@@ -171,12 +171,12 @@ def test_bench_adds_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         blocks=8,
         runs=80,
     )
-    monkeypatch.setattr("graphopt.timing.time_paired", lambda *_, **__: timed)
+    monkeypatch.setattr("graphopt.bench.time_paired", lambda *_, **__: timed)
     arguments = ["optimize", model, tmp_path / "out.onnx", "--no-validate", "--bench"]
     assert "2.000x faster: 2.00 ms -> 1.00 ms" in invoke(*arguments).stdout
-    result = invoke(*arguments, "--json")
-    Report.model_validate_json(result.stdout)
-    assert "2.000x faster" in result.stderr
+    report = Report.model_validate_json(invoke(*arguments, "--json").stdout)
+    assert report.bench is not None
+    assert report.bench.models[1].ratio == 2.0
 
 
 # -- errors ----------------------------------------------------------------------------------------
