@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--runs 5] [--no-rules]
 
 The model is a chain of MatMul, Add and Relu. Each size runs in fresh processes that take turns;
-CPU time is counted, and the best of the runs, since other work on the machine only ever adds. The marginal time per
-node from 1,000 to 10,000 nodes is compared with that from 10,000 to 100,000. Exit code 1 where the
-ratio is over the bar.
+CPU time is counted, and the best of the runs, since other work on the machine only ever adds. The
+marginal time per node from 1,000 to 10,000 nodes is compared with that from 10,000 to 100,000.
+Exit code 1 where the ratio is over the bar.
 """
 
 from __future__ import annotations

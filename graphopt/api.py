@@ -14,7 +14,7 @@ import onnx
 
 from graphopt import exporter
 from graphopt import report as records
-from graphopt.errors import RefusedError, UnprovenError, UsageError, ValidationError
+from graphopt.errors import OutputError, RefusedError, UnprovenError, UsageError, ValidationError
 from graphopt.fingerprint import fingerprint
 from graphopt.ir import Model
 from graphopt.manager import Pass, PassRun, run_pipeline
@@ -90,9 +90,11 @@ def optimize(
         tell("reading", None)
         model = Model.load(path)
         before = records.stats(model)
+        if place is not None:
+            _spare_weights(model, path, place.path)
         read = _source_info(path, model)  # now: it may be about to be replaced
         runs = run_pipeline(model, steps, lambda name: tell(name, None), verify_each=verify_each)
-        candidate = _Candidate(model, runs, staged, external)
+        candidate = _Candidate(model, runs, staged, place.path if place else staged, external)
         proof = ValidationRecord(verdict="skipped", reason="validation was switched off")
         faults: list[Fault] = []
         if validate:
@@ -144,6 +146,17 @@ def _staging(output: Path | None) -> Iterator[tuple[Target | None, Path]]:
             yield None, Path(folder) / "candidate.onnx"
 
 
+def _spare_weights(model: Model, source: Path | onnx.ModelProto, target: Path) -> None:
+    """Refuse a target whose file of weights would replace the one that another model reads."""
+    beside = target.with_name(target.name + ".data")
+    in_place = isinstance(source, Path) and source.resolve() == target.resolve()
+    if not in_place and any(file.resolve() == beside.resolve() for file in model.store.files()):
+        raise OutputError(
+            f"{target}: cannot be written: its weights would replace {beside.name}, which "
+            f"{model.label} reads; choose another name"
+        )
+
+
 @dataclass
 class _Candidate:
     """What may become the result, as it lies in memory and on disk."""
@@ -151,12 +164,13 @@ class _Candidate:
     model: Model
     runs: list[PassRun]
     staged: Path
+    shown: Path  # what messages call it: the target, not where it waits
     external: ExternalPolicy
     files: list[Path] = field(default_factory=list)
 
     def write(self, tell: Progress) -> None:
         tell("writing", None)
-        with output_errors(self.staged):
+        with output_errors(self.shown):
             self.files = exporter.save(self.model, self.staged, self.external)
 
 

@@ -103,16 +103,16 @@ class Pair:
         or all noise, nor a value of a type that cannot be an output.
         """
         runs: dict[str, list[Run]] = {}
-        plan: list[tuple[str, Model, Level]] = [
-            ("original off", self._reference, "off"),
-            ("original default", self._reference, "default"),
-            ("candidate off", self._candidate, "off"),
+        plan: list[tuple[Model, dict[str, Level]]] = [
+            (self._reference, {"original off": "off", "original default": "default"}),
+            (self._candidate, {"candidate off": "off"}),
         ]
         try:
-            for who, model, way in plan:
+            for model, ways in plan:
                 path = write_exposed(model, self._folder / "exposed.onnx", names)
-                with Session(path, optimizations=way, custom_ops=self._custom_ops) as session:
-                    runs[who] = [run(session, feed, names) for _, feed in self._feeds]
+                for who, way in ways.items():
+                    with Session(path, optimizations=way, custom_ops=self._custom_ops) as session:
+                        runs[who] = [run(session, feed, names) for _, feed in self._feeds]
         except RuntimeFailure:
             if len(names) == 1:
                 return {}

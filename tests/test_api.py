@@ -541,3 +541,23 @@ def test_the_package_offers_it() -> None:
     result = graphopt.optimize(matmul())
     assert isinstance(result, Result)
     assert issubclass(ValidationError, GraphoptError)
+
+
+def test_the_weights_of_the_input_are_never_replaced_by_those_of_the_output(
+    tmp_path: Path,
+) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    save(untidy(), tmp_path / "plain.onnx")
+    graphopt.optimize(tmp_path / "plain.onnx", source, external="always", validate=False)
+    (tmp_path / "in.onnx.data").rename(tmp_path / "out.onnx.data")
+    proto = onnx.load(source, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "out.onnx.data"
+    source.write_bytes(proto.SerializeToString())
+    before = (tmp_path / "out.onnx.data").read_bytes()
+    with pytest.raises(OutputError, match=r"would replace out\.onnx\.data, which .*in\.onnx reads"):
+        graphopt.optimize(source, target, external="always")
+    assert (tmp_path / "out.onnx.data").read_bytes() == before
+    assert not target.exists()

@@ -28,7 +28,7 @@ class RemoveDead:
 
 def _remove_nodes(graph: Graph, model: Model, edit: Editor) -> None:
     """Readers before what they read, so that one sweep finds every dead chain."""
-    for node in reversed(sorted(graph.nodes, key=lambda node: node.position)):
+    for node in sorted(graph.nodes, key=lambda node: node.place, reverse=True):
         dead = not any(_is_needed(value) for value in node.outputs if value is not None)
         root = next((value.name for value in node.outputs if value is not None), "")
         pure = dead and node.outputs and is_pure(node, model)
