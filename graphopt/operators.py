@@ -198,7 +198,7 @@ TRAINING_BY_OUTPUTS: Final = {"BatchNormalization": 14}
 
 # Operators whose first versions count axes forward only. Runtimes take negative ones all the
 # same; onnx's inference does as well, but with a wrong result.
-FORWARD_AXES: Final = {"Squeeze": 11, "Unsqueeze": 11}
+FORWARD_AXES: Final = {"Slice": 10, "Squeeze": 11, "Unsqueeze": 11}
 
 # Operators whose `axes` count the axes of the result, which has one more for each.
 AXES_OF_OUTPUT: Final = frozenset({"Unsqueeze"})
