@@ -347,8 +347,11 @@ def main() -> int:
     outcomes = []
     for name, path in paths(options.models).items():
         for kind in KINDS:
-            outcomes += outcomes_of(name, path, kind, options.per_kind, options.seed)
-        print(f"{name}: done", file=sys.stderr, flush=True)
+            found = outcomes_of(name, path, kind, options.per_kind, options.seed)
+            outcomes += found
+            counts = Counter(one.verdict for one in found)
+            told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+            print(f"{name} {kind}: {told or 'no place'}", file=sys.stderr, flush=True)
     print("\n".join(table(outcomes)))
     escaped = [one for one in outcomes if one.verdict not in ("caught", "refused")]
     if escaped:

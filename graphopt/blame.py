@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import shlex
 import tempfile
@@ -68,7 +69,9 @@ class Fault:
             said += "denied everywhere"
         else:
             said = f"{where} is wrong at {self.root!r} and denied there"
-        if self.diverging:
+        if self.diverging and math.isinf(self.error):
+            what = f"{self.diverging!r} has another shape, other integers, or NaN in other places"
+        elif self.diverging:
             what = f"{self.diverging!r} strays by {self.error:.2g} of its variation, "
             what += f"{self.allowed:.2g} is allowed"
         else:

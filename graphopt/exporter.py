@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from graphopt import output
+from graphopt import collector, output
 from graphopt.importer import in_order
 from graphopt.ir import Graph, Model, Node
 
@@ -17,7 +17,8 @@ def to_hollow(model: Model) -> onnx.ModelProto:
         return model.proto
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    _export_graph(model.graph, proto.graph)
+    with collector.paused():
+        _export_graph(model.graph, proto.graph)
     return proto
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from graphopt.ir import Node, Value
 from graphopt.match import Binding, Context, default_of, input_slot, python_value
 from graphopt.rules import Rejected, Rule, RuleError, Var, Variable
 from graphopt.shapes import TensorType, small_data
+from graphopt.storage import HOLLOW_OVER
 
 
 @dataclass
@@ -164,7 +165,8 @@ class Replacement:
             if name in plan.constants:
                 tensor = plan.constants[name]
                 known[name] = TensorType(tensor.data_type, tuple(tensor.dims))
-                data[name] = tensor
+                if len(tensor.raw_data) <= HOLLOW_OVER:
+                    data[name] = tensor
             elif name in plan.known:
                 known[name] = plan.known[name]
             elif name in plan.read and (found := context.types[plan.read[name]]) is not None:
@@ -173,9 +175,24 @@ class Replacement:
                     data[name] = tensor_data
             else:
                 return {}
+        self._check_elements(node, known)
         found_types = context.types.infer(node, known, data)
         plan.known.update(found_types)
         return found_types
+
+    def _check_elements(self, node: onnx.NodeProto, known: Mapping[str, TensorType]) -> None:
+        """Reject element types that the operator does not take, which inference lets pass."""
+        formal = onnx.defs.get_schema(node.op_type, self._context.opset, "").inputs
+        bound: dict[str, str] = {}  # what the operator's type variables stand for
+        for slot, name in enumerate(node.input):
+            if name not in known or not formal:
+                continue
+            stated = formal[min(slot, len(formal) - 1)]
+            element = onnx.TensorProto.DataType.Name(known[name].data_type).lower()
+            if f"tensor({element})" not in stated.types:
+                raise Rejected(f"{node.op_type} does not take {element}")
+            if stated.is_homogeneous and bound.setdefault(stated.type_str, element) != element:
+                raise Rejected(f"{node.op_type} takes no {element} beside {bound[stated.type_str]}")
 
 
 def root_name(node: Node) -> str:

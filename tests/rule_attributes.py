@@ -239,4 +239,4 @@ def _other_lists(name: str, current: Any, rank: int | None) -> list[Any]:
                 near.append(other)
     if list(current)[::-1] != list(current):
         near.append(list(current)[::-1])
-    return near[: 3 * MOST]
+    return near[: 5 * MOST]

@@ -34,7 +34,12 @@ OPEN_SIZES: Final = (2, 3, 5, 7)
 MOST_WAYS: Final = 32
 MOST_ORDERS: Final = 32
 MANY_WAYS: Final = 8  # from here on, pairs within each alternative would be too many
-STORAGES: Final = {"float32": np.float32, "float16": np.float16, "float64": np.float64}
+STORAGES: Final = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "float64": np.float64,
+    "int64": np.int64,
+}
 
 Array = NDArray[Any]
 Options = Mapping[int, int]  # id of an Either -> which option
@@ -289,6 +294,8 @@ class _Drawing:
         if kind == self.choice.storage and all(_is_integer(v) for v in integers):
             kind = "int64"
         self.draft.literals[name] = literal
+        if kind == "int64" and literal.value != int(literal.value):
+            raise Unbuildable(f"{literal.value} is no integer")
         self.draft.constants[name] = np.asarray(literal.value, kind)
         return name
 
@@ -326,7 +333,9 @@ def drawn(given: Any, name: str, is_constant: bool) -> Array:
 
 
 def stored(array: Array, storage: str) -> Array:
-    """Floats in the storage type, integers of no stated width as int64."""
+    """Floats in the storage type, as whole numbers where that is an integer type."""
+    if storage == "int64" and array.dtype.kind == "f":
+        array = np.round(array)
     return np.ascontiguousarray(
         array.astype(STORAGES[storage] if array.dtype.kind == "f" else array.dtype)
     ).reshape(array.shape)

@@ -88,6 +88,9 @@ def _refused(rule: Rule) -> Iterator[Case]:
                 except Unbuildable:
                     continue
                 yield Case(f"{draft.choice}: refuses {number}", draft, False)
+                for how, changed in rule_shapes.undeclared(draft):
+                    label = f"{draft.choice}, {how}: refuses {number}"
+                    yield Case(label, changed, False)
 
 
 def _outside(rule: Rule) -> Iterator[Case]:
@@ -223,11 +226,15 @@ def _is_required(rule: Rule, draft: Draft, name: str) -> bool:
 
 
 def _storages(rule: Rule, draft: Draft) -> Iterator[Context]:
-    """Other float types. Many operators have no float64 kernel, so that rules may refuse it."""
+    """Other types. Many operators have no kernel for some of them, so that rules may refuse."""
     if not any(a.dtype.kind == "f" for a in (*draft.inputs.values(), *draft.constants.values())):
         return
     way = "".join(map(str, (draft.choice.root, *draft.choice.options.values())))
-    fires: tuple[tuple[str, bool | None], ...] = (("float16", True), ("float64", None))
+    fires: tuple[tuple[str, bool | None], ...] = (
+        ("float16", True),
+        ("float64", None),
+        ("int64", None),
+    )
     for storage, fired in fires:
         try:
             changed = draw(rule, replace(draft.choice, storage=storage))

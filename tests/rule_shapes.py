@@ -106,15 +106,21 @@ def _resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return (found * np.random.default_rng(2).uniform(0.5, 1.5, shape)).astype(array.dtype)
 
 
-def _undeclared(draft: Draft) -> Iterator[Context]:
-    """Inputs of unknown rank, and of sizes that all bear one name, fed in several shapes."""
+def undeclared(draft: Draft) -> Iterator[tuple[str, Draft]]:
+    """The draft with inputs of unknown rank, and with sizes that all bear one name."""
     free = draft.copy()
     free.shapes = dict.fromkeys(free.inputs, None)
+    yield "rank unknown", free
     named = draft.copy()
     named.shapes = {name: ("n",) * array.ndim for name, array in free.inputs.items()}
+    yield "sizes unknown", named
+
+
+def _undeclared(draft: Draft) -> Iterator[Context]:
+    """Nothing declared, and what is fed of several shapes."""
     for fed in (None, *draft.inputs):
         for how, shape in _feedable(draft, fed):
-            for kind, base in (("rank unknown", free), ("sizes unknown", named)):
+            for kind, base in undeclared(draft):
                 if fed is not None and kind == "sizes unknown" and how == "rank":
                     continue
                 changed = base.copy()

@@ -541,12 +541,15 @@ def test_large_weights_of_a_reproducer_are_there(tmp_path: Path) -> None:
 
 
 def test_messages_tell_scopes_apart() -> None:
-    def message(kind: Any, scope: Any) -> str:
-        return Fault(kind, scope, "r", "v", "p", "v", 0.5, 1e-5, "", "").message
+    def message(kind: Any, scope: Any, error: float = 0.5) -> str:
+        return Fault(kind, scope, "r", "v", "p", "v", error, 1e-5, "", "").message
 
     told = "'v' strays by 0.5 of its variation, 1e-05 is allowed"
     assert (
         message("blamed", "change") == f"rule r (pass p) is wrong at 'v' and denied there: {told}"
+    )
+    assert message("blamed", "change", float("inf")).endswith(
+        "there: 'v' has another shape, other integers, or NaN in other places"
     )
     assert message("blamed", "pass") == f"pass p is wrong and denied (last change: r): {told}"
     assert message("accumulated", "rule") == (
