@@ -19,17 +19,8 @@ from graphopt.operators import BODIES
 from graphopt.rules import Either, Rule, Variable
 from graphopt.shapes import TensorType
 from tests import rule_attributes, rule_shapes
-from tests.rule_cases import (
-    OLDEST,
-    Choice,
-    Draft,
-    Unbuildable,
-    choices,
-    draw,
-    opsets,
-    unread,
-    ways,
-)
+from tests.rule_cases import Choice, Draft, Unbuildable, draw, unread
+from tests.rule_choices import OLDEST, choices, opsets, ways
 
 CONDITION: Final = "condition"
 Context = tuple[str, Draft, bool | None]  # key, graph, whether the rule fires (None: as it likes)

@@ -31,7 +31,8 @@ from graphopt.rules import (
 )
 from tests import graphs
 from tests.graphs import node, value
-from tests.rule_cases import Choice, draw, elements, opsets, ways
+from tests.rule_cases import Choice, draw
+from tests.rule_choices import elements, opsets, ways
 from tests.rule_contexts import Case
 from tests.rule_runs import batches, check
 

@@ -272,6 +272,30 @@ def test_new_constants_have_the_type_of_what_is_rewritten(kind: int, dtype: type
             assert edit.rejections[0][2] == "a new constant is not finite as float16"
 
 
+def test_what_an_operator_does_not_take_is_rejected() -> None:
+    """onnx's inference gives such nodes a type; onnxruntime refuses the whole model."""
+
+    def gate(op: Ops, x: Var) -> Rewrite:
+        """Abs(Neg(x)) => HardSigmoid(x), of numbers of any kind."""
+        yield op.Abs(op.Neg(x))
+        return op.HardSigmoid(x)
+
+    def halve(op: Ops, x: Var) -> Rewrite:
+        """Abs(Neg(x)) => x * 0.5, of numbers of any kind."""
+        yield op.Abs(op.Neg(x))
+        return op.Mul(x, 0.5)
+
+    for function, reason in (
+        (gate, "HardSigmoid does not take int64"),
+        (halve, "Mul takes no float beside int64"),
+    ):
+        text = "g (int64[2] x) => (int64[2] y) { p = Neg (x)  y = Abs (p) }"
+        _, edit = rewritten(compiled(function), load(text))
+        assert [rejection[2] for rejection in edit.rejections] == [reason]
+        _, edit = rewritten(compiled(function), load(text.replace("int64", "float")))
+        assert len(edit.changes) == 1
+
+
 def test_an_optional_input_that_is_left_out_reads_as_its_default() -> None:
     seen = []
 

@@ -8,7 +8,7 @@ import pytest
 
 import graphopt.passes.rules
 from graphopt.rules import RULES, Either, Rule
-from tests.rule_cases import elements, ways
+from tests.rule_choices import elements, ways
 from tests.rule_contexts import Case, cases
 from tests.rule_runs import Batch, batches, check
 
