@@ -28,16 +28,18 @@ import graphopt.passes.rules  # noqa: F401 - registers the rules
 from benchmarks.mutants import Mutant, mutants
 from graphopt.rules import RULES, RuleError
 from tests.rule_contexts import cases
-from tests.rule_runs import Batch, batches, check_at_once
+from tests.rule_runs import Batch, batches, check, check_at_once
 
 BAR = 0.95
+SURVIVED = "survived"
+FAILS_ITSELF = "the rule fails its own tests, which kill whatever is made of it"
 SECONDS = 20  # a mutant that takes longer loops
 EQUIVALENTS = Path(__file__).with_name("mutation_equivalents.toml")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant: how it was killed, or "survived"."""
+    """What became of one mutant: how it was killed, or SURVIVED."""
 
     rule: str
     mutant: str
@@ -65,6 +67,8 @@ def run_rule(name: str, per_rule: int, seed: int) -> list[Outcome]:
     rule = RULES[name]
     prepared, _ = batches(cases(rule))
     prepared.sort(key=lambda batch: -len(batch.cases))
+    if any(check(rule, batch) for batch in prepared):
+        return [Outcome(name, FAILS_ITSELF, "none", SURVIVED)]
     return [
         Outcome(name, mutant.text, mutant.operator, fate(mutant, prepared))
         for mutant in mutants(rule, per_rule, seed)
@@ -72,7 +76,7 @@ def run_rule(name: str, per_rule: int, seed: int) -> list[Outcome]:
 
 
 def fate(mutant: Mutant, prepared: list[Batch]) -> str:
-    """How the cases kill the mutant; "survived" where none does."""
+    """How the cases kill the mutant; SURVIVED where none does."""
 
     def late(*_: object) -> None:
         raise TimeoutError
@@ -92,13 +96,13 @@ def fate(mutant: Mutant, prepared: list[Batch]) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         signal.alarm(0)
-    return "survived"
+    return SURVIVED
 
 
 def shown(outcomes: list[Outcome]) -> list[Outcome]:
     """Print one rule's line, pass its outcomes on."""
     if outcomes:
-        killed = sum(outcome.end != "survived" for outcome in outcomes)
+        killed = sum(outcome.end != SURVIVED for outcome in outcomes)
         print(f"{outcomes[0].rule:32} {killed:3} of {len(outcomes):3} killed", flush=True)
     return outcomes
 
@@ -109,7 +113,7 @@ def summary(outcomes: list[Outcome], seconds: float) -> int:
         (entry["rule"], entry["mutant"])
         for entry in tomllib.loads(EQUIVALENTS.read_text())["equivalent"]
     }
-    alive = [outcome for outcome in outcomes if outcome.end == "survived"]
+    alive = [outcome for outcome in outcomes if outcome.end == SURVIVED]
     equal = [outcome for outcome in alive if (outcome.rule, outcome.mutant) in listed]
     survivors = [outcome for outcome in alive if outcome not in equal]
     for one in survivors:

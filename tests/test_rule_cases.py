@@ -65,15 +65,17 @@ def test_a_right_rule_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "problem"),
+    ("function", "factor", "problem"),
     [
-        (wrong_number, "of the signal"),
-        (wrong_broadcast, "of the signal"),
-        (too_shy, "does not fire"),
+        (wrong_number, 0.5, "of the signal"),
+        (wrong_broadcast, (4,), "of the signal"),
+        (too_shy, 0.5, "does not fire"),
     ],
 )
-def test_a_wrong_rule_does_not(function: Callable[..., Rewrite], problem: str) -> None:
-    assert any(problem in text for text in failures(made(function)))
+def test_a_wrong_rule_does_not(
+    function: Callable[..., Rewrite], factor: object, problem: str
+) -> None:
+    assert any(problem in text for text in failures(made(function, c=factor)))
 
 
 def test_pairs_of_everything() -> None:
