@@ -92,15 +92,19 @@ def _rules(report: Report) -> Table | None:
 
 
 def _passes(report: Report) -> Table | None:
+    """Where the time went: each pass once, however often the pipeline runs it."""
     if not report.passes:
         return None
-    table = text.table("pass", "seconds")
-    steps = sorted(report.passes, key=lambda step: -step.seconds)
-    shown = steps[:_ROWS]
-    for step in (step for step in report.passes if step in shown):
-        name = Text(text.clean(step.text), style="red" if step.error else "")
-        table.add_row(name, f"{step.seconds:.3f}")
-    return _and_more(table, len(steps))
+    seconds: dict[str, float] = {}
+    for step in report.passes:
+        seconds[step.text] = seconds.get(step.text, 0.0) + step.seconds
+    runs = Counter(step.text for step in report.passes)
+    failed = {step.text for step in report.passes if step.error}
+    table = text.table("pass", "runs", "seconds")
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:_ROWS]:
+        shown = Text(text.clean(name), style="red" if name in failed else "")
+        table.add_row(shown, f"{runs[name]} x", f"{spent:.3f}")
+    return _and_more(table, len(seconds))
 
 
 def _and_more(table: Table, rows: int) -> Table:
