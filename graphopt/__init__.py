@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graphopt import errors
+    from graphopt import errors, hooks
     from graphopt.api import Result, optimize
     from graphopt.ir import Model
 
-__all__ = ["Model", "Result", "errors", "optimize"]
+__all__ = ["Model", "Result", "errors", "hooks", "optimize"]
 
 _HOMES = {
     "Model": "graphopt.ir",
@@ -21,8 +21,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Import on first use: `import graphopt` stays quick for those who need only a part."""
-    if name == "errors":
-        return importlib.import_module("graphopt.errors")
+    if name in ("errors", "hooks"):
+        return importlib.import_module(f"graphopt.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
