@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from graphopt.passes.canonicalize.no_ops import TO_THE_END
 from graphopt.passes.guards import Dims, from_front, is_identity, whole
 from graphopt.rules import Ops, Rejected, Rewrite, Var, require, rule
 
@@ -22,6 +21,31 @@ from graphopt.rules import Ops, Rejected, Rewrite, Var, require, rule
             "Unsqueeze.axes": [1],
         },
         {"outer.shape": [0, -1, 2]},
+        {
+            "x": ("n", 1, 12),
+            "outer.shape": [0, -1, 2, 1],
+            "Reshape.shape": [0, 6, 2],
+            "Flatten.axis": 1,
+            "Squeeze.axes": [1],
+        },
+        {
+            "x": ("n", 1, 6),
+            "outer.shape": [0, 6],
+            "Reshape.shape": [-1, 3, 2],
+            "Flatten.axis": 1,
+            "Squeeze.axes": [1],
+        },
+        {
+            "x": (0, 3, 4),
+            "outer.shape": [5, 0],
+            "outer.allowzero": 1,
+            "Reshape.shape": [0, 12],
+        },
+    ],
+    refuses=[
+        {"x": ("n", "m", 4), "Reshape.shape": [0, -1, 2], "Flatten.axis": 1}
+        | {"outer.shape": [0, 0, 2]},
+        {"x": ("n", "m", 6), "Reshape.shape": [-1, 3, 2], "outer.shape": [0, -1]},
     ],
 )
 def merge_reshapes(op: Ops, x: Var) -> Rewrite:
@@ -62,6 +86,7 @@ def _settled(target: list[int], between: Dims, x: Var) -> list[int]:
         {"inner.perm": [1, 2, 0], "outer.perm": [2, 0, 1]},
         {"inner.perm": None, "outer.perm": [1, 2, 0]},
         {"inner.perm": [1, 2, 0], "outer.perm": None},
+        {"inner.perm": None, "outer.perm": None},
     ],
 )
 def merge_transposes(op: Ops, x: Var) -> Rewrite:
@@ -70,8 +95,7 @@ def merge_transposes(op: Ops, x: Var) -> Rewrite:
     outer = op.Transpose(inner)
     yield outer  # ---------------------------------------------- before => after
     first, second = inner.attr("perm"), outer.attr("perm")
-    rank = len(first or second or x.shape)
-    backwards = list(range(rank))[::-1]
+    backwards = list(range(x.rank))[::-1]
     order = [(first or backwards)[axis] for axis in second or backwards]
     return x if is_identity(order) else op.Transpose(x, perm=order)
 
@@ -142,8 +166,38 @@ class Cut(NamedTuple):
         },
         {"outer.starts": [1], "outer.ends": [-1], "outer.axes": [0]},
         {"inner.axes": None, "outer.axes": None},
+        {
+            "x": (20, 31),
+            "inner.ends": [18, 30],
+            "inner.steps": [2, 3],
+            "outer.starts": [1, 2],
+            "outer.ends": [9, 6],
+            "outer.axes": [1, 0],
+            "outer.steps": [3, 2],
+        },
+        {
+            "x": ("n", 9),
+            "inner.starts": [2],
+            "inner.ends": [8],
+            "inner.axes": [1],
+            "outer.starts": [1],
+            "outer.ends": [2**63 - 1],
+            "outer.axes": [0],
+        },
+        {
+            "x": ("n", 9),
+            "inner.starts": [2],
+            "inner.ends": [8],
+            "inner.axes": [1],
+            "outer.starts": [1],
+            "outer.ends": [4],
+            "outer.axes": [1],
+        },
     ],
-    refuses=[{"outer.steps": [1, -1], "outer.ends": [2**31 - 1, -9]}],
+    refuses=[
+        {"outer.steps": [1, -1], "outer.ends": [2**31 - 1, -9]},
+        {"x": ("n", 9)},
+    ],
 )
 def merge_slices(op: Ops, x: Var) -> Rewrite:
     """Slice(Slice(x)) => Slice(x), the steps positive."""
@@ -174,7 +228,6 @@ def _cuts(part: Var, x: Var) -> dict[int, Cut]:
     if any(axis < 0 for axis in along):
         along = from_front(along, x.rank)
     require(all(step > 0 for step in every), "a step is negative")
-    require(len(set(along)) == len(along), "an axis is named twice")
     cuts = map(Cut, starts, ends, every)
     return dict(zip(along, cuts, strict=True))
 
@@ -182,8 +235,7 @@ def _cuts(part: Var, x: Var) -> dict[int, Cut]:
 def _composed(first: Cut, second: Cut, axis: int, x: Var) -> Cut:
     """The one cut that two along the same axis make."""
     if min(*first[:2], *second[:2]) >= 0:
-        reaches = second.end < TO_THE_END
-        end = min(first.end, first.start + second.end * first.step) if reaches else first.end
+        end = min(first.end, first.start + second.end * first.step)
         return Cut(first.start + second.start * first.step, end, first.step * second.step)
     size = x.shape[axis]
     if not isinstance(size, int):

@@ -73,21 +73,20 @@ def eliminate_reshape(op: Ops, x: Var) -> Rewrite:
     yield reshaped  # ------------------------------------------- before => after
     if not same_shape(x, reshaped):
         target = whole(reshaped.attr("shape"))
-        copies = not reshaped.attr("allowzero")
-        require(_stays(target, copies, x.shape), "the shape changes, or is not known to stay")
+        require(_stays(target, x.shape), "the shape changes, or is not known to stay")
     return x
 
 
-def _stays(target: list[int], zeros_copy: bool, shape: Dims) -> bool:
-    """True where a target shape asks for the shape that is there.
+def _stays(target: list[int], shape: Dims) -> bool:
+    """True where a target shape with a free size asks for the shape that is there.
 
-    One free size follows from the others, which are the ones there.
+    The free size follows from the others, which are the ones there or zero: beside a free size
+    a zero copies, whatever allowzero says.
     """
-    if len(target) != len(shape):
-        return False
-    others = [(new, old) for new, old in zip(target, shape, strict=True) if new != -1]
-    return len(others) >= len(target) - 1 and all(
-        new == old or (new == 0 and zeros_copy) for new, old in others
+    return (
+        -1 in target
+        and len(target) == len(shape)
+        and all(new in (-1, 0, old) for new, old in zip(target, shape, strict=True))
     )
 
 
@@ -143,6 +142,9 @@ def eliminate_pad(op: Ops, x: Var) -> Rewrite:
         {"part.ends": [2, 9]},
         {"part.ends": [3, -1]},
         {"part.steps": [1, 2]},
+        {"part.ends": [2**63 - 1, 2**63 - 1], "part.steps": [1, 2]},
+        {"part.starts": [1, 1], "part.ends": [2**63 - 1, 2**63 - 1]},
+        {"x": ("n", 3, "m"), "part.ends": [3, 1]},
     ],
 )
 def eliminate_slice(op: Ops, x: Var) -> Rewrite:
@@ -154,10 +156,9 @@ def eliminate_slice(op: Ops, x: Var) -> Rewrite:
     require(steps is None or set(whole(steps)) <= {1}, "it takes every so many only")
     along = range(len(ends)) if axes is None else whole(axes)
     for start, end, axis in zip(starts, ends, along, strict=True):
-        size = x.shape[axis] if start != 0 or end < TO_THE_END else None
-        known = size if isinstance(size, int) else TO_THE_END
-        require(start == 0 or start <= -known, "it leaves out a beginning")
-        require(end >= known, "it leaves out an end")
+        if start != 0 or end < TO_THE_END:
+            size = x.shape[axis]
+            require(size is not None and size == part.shape[axis], "it leaves out an end")
     return x
 
 

@@ -34,7 +34,6 @@ def merge_idempotent(op: Ops, x: Var) -> Rewrite:
 
 def bounds(clip: Var) -> tuple[float, float]:
     """Lower and upper bound of a Clip, infinite where it has none."""
-    require(clip.dtype.kind == "f", "the values are not floating-point")
     low, high = (_bound(clip.attr(name), free) for name, free in _FREE.items())
     if not low <= high:
         raise Rejected("the bounds are not in order")
@@ -63,7 +62,12 @@ def clipped(op: Ops, x: Var, low: float, high: float) -> Any:
         {"inner.min": None, "outer.max": None},
         {"inner.min": 0.5, "outer.max": 0.25},
     ],
-    refuses=[{"inner.min": 2.0}, {"outer.min": 0.5}],
+    refuses=[
+        {"inner.min": 2.0},
+        {"outer.min": 0.5},
+        {"x": [[1, 2**53 + 1]], "inner.min": 0, "inner.max": 2**53 + 1}
+        | {"outer.min": 0, "outer.max": 2**60},
+    ],
 )
 def merge_clips(op: Ops, x: Var) -> Rewrite:
     """Clip(Clip(x, a, b), c, d) => Clip(x, clip(a, c, d), clip(b, c, d))."""
@@ -82,7 +86,10 @@ def merge_clips(op: Ops, x: Var) -> Rewrite:
         {"clip.min": 0.25},
         {"clip.max": -0.25},
     ],
-    refuses=[{"clip.min": 0.75}],
+    refuses=[
+        {"clip.min": 0.75},
+        {"x": [[1, 2**53 + 1]], "clip.min": 0, "clip.max": 2**53 + 1},
+    ],
 )
 def merge_relu_clip(op: Ops, x: Var) -> Rewrite:
     """Clip(Relu(x), a, b) => Clip(x, clip(0, a, b), b)."""
@@ -95,7 +102,11 @@ def merge_relu_clip(op: Ops, x: Var) -> Rewrite:
 @rule(
     "merge-multiplications",
     min_opset=7,
-    sample=[{"x": (2, 3), "a": 0.5, "b": (3,)}, {"a": (2, 3), "b": (1, 3)}],
+    sample=[
+        {"x": (2, 3), "a": 0.5, "b": (3,)},
+        {"a": (2, 3), "b": (1, 3)},
+        {"a": 0.0, "b": [1.5, 2.5, 3.5]},
+    ],
     refuses=[{"a": (2, 1), "b": (3,)}, {"a": 1e-30, "b": 1e-30}],
 )
 def merge_multiplications(op: Ops, x: Var, a: Const, b: Const) -> Rewrite:

@@ -9,6 +9,8 @@ import onnx
 
 from graphopt.rules import Ops, Rewrite, Var, require, rule
 
+_BFLOAT16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
+
 
 @rule("lower-cast-like", min_opset=15, sample=[{"x": (2, 3), "like": [1, 2]}, {"like": (2,)}])
 def lower_cast_like(op: Ops, x: Var, like: Var) -> Rewrite:
@@ -24,12 +26,15 @@ def lower_cast_like(op: Ops, x: Var, like: Var) -> Rewrite:
     sample=[
         {"x": [[1, 0, 3], [0, -5, 6]], "inner.to": 7, "outer.to": 1},
         {"x": [[True, False]], "inner.to": 6, "outer.to": 9},
+        {"x": np.array([1.5, 3e38], _BFLOAT16), "inner.to": 1, "outer.to": 11},
     ],
     refuses=[
         {"inner.to": 6},
         {"inner.to": 9},
         {"inner.to": 1, "outer.to": 7},
         {"x": (2, 3), "inner.to": 11, "outer.to": 7},
+        {"x": [[2**53 + 1, 3]], "inner.to": 11},
+        {"x": np.array([1.5, 3e38], _BFLOAT16), "inner.to": 10, "outer.to": 1},
     ],
 )
 def merge_casts(op: Ops, x: Var) -> Rewrite:
@@ -51,5 +56,5 @@ def holds(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
     if "biuf".find(wide.kind) < 0 or "biuf".find(narrow.kind) < 0:
         return wide in (np.float32, np.float64) and narrow.name == "bfloat16"
     if wide.kind == "f" and narrow.kind in "iu":
-        return 8 * narrow.itemsize <= np.finfo(wide).nmant + 1
+        return 8 * narrow.itemsize <= np.finfo(wide).nmant
     return np.can_cast(narrow, wide, "safe")

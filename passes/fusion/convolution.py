@@ -47,15 +47,18 @@ def channel_vector(c: Const, rank: int, channels: int) -> NDArray[Any]:
 @rule(
     "fuse-conv-batchnorm",
     min_opset=9,
-    sample={
-        "x": IMAGE,
-        "w": KERNEL,
-        "gamma": CHANNELS,
-        "beta": (4,),
-        "mean": (4,),
-        "var": CHANNELS,
-        "b": (4,),
-    },
+    sample=[
+        {
+            "x": IMAGE,
+            "w": KERNEL,
+            "gamma": CHANNELS,
+            "beta": (4,),
+            "mean": (4,),
+            "var": CHANNELS,
+            "b": (4,),
+        },
+        {"conv.strides": [2, 1]},
+    ],
 )
 def fuse_conv_batchnorm(
     op: Ops,
@@ -148,7 +151,7 @@ def fuse_pad_conv(op: Ops, x: Var, w: Var, b: Var = absent()) -> Rewrite:
     require(conv.attr("auto_pad") in ("NOTSET", None), "the convolution pads by itself")
     value, axes, stated = (pad.attr(name) for name in ("value", "axes", "pads"))
     require(value is None or not np.any(value), "the padding is not zero")
-    rank = x.rank if axes is not None else len(stated) // 2
+    rank = w.rank
     pads = np.zeros((2, rank), np.int64)
     pads[:, from_front(range(rank) if axes is None else axes, rank)] = np.reshape(stated, (2, -1))
     require(not pads[:, :2].any(), "it pads batch or channels")
