@@ -30,7 +30,7 @@ from graphopt.rules import RULES, RuleError
 from tests.rule_contexts import cases
 from tests.rule_runs import Batch, batches, check, check_at_once
 
-BAR = 0.95
+BAR = 0.96
 SURVIVED = "survived"
 FAILS_ITSELF = "the rule fails its own tests, which kill whatever is made of it"
 SECONDS = 20  # a mutant that takes longer loops
