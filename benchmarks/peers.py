@@ -33,6 +33,8 @@ ONNX = "onnx==1.23.2"
 ONNXRUNTIME = "onnxruntime==1.31.1"
 TIMEOUT = 900.0  # seconds
 
+Arguments = list[str | Path]
+
 _MEASURE = """
 import json, sys, time
 def tell(**found):
@@ -180,7 +182,7 @@ def environment(peer: Peer) -> Path:
         if not complete.exists() or complete.read_text() != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+            pip: Arguments = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
             subprocess.run([*pip, *peer.packages], check=True)
             complete.write_text(wanted)
     return python
@@ -188,7 +190,7 @@ def environment(peer: Peer) -> Path:
 
 def run(peer: Peer, source: Path, target: Path, timeout: float = TIMEOUT) -> Run:
     """Optimise `source` into `target`, timing load, optimise and save but not the imports."""
-    call = [environment(peer), "-P", "-c", peer.source + _MEASURE + _IN_PROCESS]
+    call: Arguments = [environment(peer), "-P", "-c", peer.source + _MEASURE + _IN_PROCESS]
     return _measured(call, source, target, timeout)
 
 
@@ -200,12 +202,12 @@ def command(peer: Peer, source: Path, target: Path, timeout: float = TIMEOUT) ->
         if not peer.program:
             program = Path(folder) / "optimize.py"
             program.write_text(peer.source + _SCRIPT)
-        call = [python, "-P", "-c", _MEASURE + _COMMAND]
+        call: Arguments = [python, "-P", "-c", _MEASURE + _COMMAND]
         return _measured(call, source, target, timeout, program, *peer.arguments)
 
 
 def _measured(
-    call: list[str | Path], source: Path, target: Path, timeout: float, *more: str | Path
+    call: Arguments, source: Path, target: Path, timeout: float, *more: str | Path
 ) -> Run:
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +228,7 @@ def _measured(
     return Run(**found, error=failure)
 
 
-def _call(arguments: list[str | Path], timeout: float) -> str:
+def _call(arguments: Arguments, timeout: float) -> str:
     """Run a process to its end; what went wrong, "" for nothing."""
     # Into a file: what a peer prints of a large model would fill a pipe that nobody reads.
     with tempfile.TemporaryFile("w+", errors="replace") as said:
