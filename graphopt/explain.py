@@ -19,7 +19,7 @@ from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model, Node, Value
 from graphopt.manager import Pass
-from graphopt.match import Context, _Matcher, stated
+from graphopt.match import Context, Matcher, stated
 from graphopt.passes.pipelines import pipeline
 from graphopt.passes.rules import all_rules, family_of, plugins
 from graphopt.report import Record
@@ -214,7 +214,7 @@ class _Note:
     found: str
 
 
-class _Tracer(_Matcher):
+class _Tracer(Matcher):
     """The matcher, taking a note of every failure; the one deepest in the pattern is kept."""
 
     def __init__(self, context: Context) -> None:
@@ -252,7 +252,7 @@ class _Tracer(_Matcher):
             self.miss(pattern.node.op, self.described(value))
         yield from super().operand(pattern, value)
 
-    def variable(self, pattern: Variable, value: Value | None) -> Iterator[None]:
+    def accepts(self, pattern: Variable, value: Value | None) -> bool:
         bound = self.binding.variables
         if pattern.name in bound:
             known = bound[pattern.name]
@@ -262,7 +262,7 @@ class _Tracer(_Matcher):
             self.miss(f"an input for {pattern.name}", "none")
         elif pattern.kind is Const and value is not None and self.context.constant(value) is None:
             self.miss(f"a constant for {pattern.name}", self.described(value))
-        yield from super().variable(pattern, value)
+        return super().accepts(pattern, value)
 
     def node(self, pattern: PatternNode, node: Node) -> Iterator[None]:
         bound = self.binding.nodes

@@ -201,9 +201,12 @@ class _Importer:
 
     def check_operators(self, model: Model) -> None:
         """Refuse operators of the standard domain that nobody defines."""
-        functions = {name for domain, name, _ in model.functions if domain == ""}
+        known = {name for domain, name, _ in model.functions if domain == ""}
         for node in model.nodes():
-            if node.domain == "" and node.op not in functions and not is_known(node.op):
+            if node.domain == "" and node.op not in known:
+                if is_known(node.op):
+                    known.add(node.op)
+                    continue
                 raise self.fail(
                     f"{node.label}: ai.onnx has no operator {node.op!r} (onnx {onnx.__version__})"
                 )
@@ -258,11 +261,17 @@ def in_order(nodes: list[Node], label: str) -> list[Node]:
     return order
 
 
-def dependencies(node: Node) -> Iterable[Node]:
+def dependencies(node: Node) -> list[Node]:
     """Nodes of the same graph that compute what the node, or a body of it, reads."""
-    for value in itertools.chain(node.inputs, *map(_captured, node.graphs())):
-        if value is not None and value.graph is node.graph and value.producer is not None:
-            yield value.producer
+    read: Iterable[Value | None] = node.inputs
+    if node.bodies:
+        read = itertools.chain(node.inputs, *map(_captured, node.graphs()))
+    graph = node.graph
+    return [
+        value.producer
+        for value in read
+        if value is not None and value.producer is not None and value.graph is graph
+    ]
 
 
 def _captured(body: Graph) -> Iterator[Value | None]:
@@ -275,7 +284,7 @@ def _captured(body: Graph) -> Iterator[Value | None]:
 
 def _ready(node: Node, done: set[Node]) -> bool:
     """True where everything the node depends on is done; then it is done as well."""
-    if all(other in done for other in dependencies(node)):
+    if done.issuperset(dependencies(node)):
         done.add(node)
         return True
     return False

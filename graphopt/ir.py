@@ -33,17 +33,22 @@ _FLOATS: Final = frozenset(
 )
 
 
+_KEPT_BELOW: Final = 1024  # bytes of a decoded constant: rules ask for the same ones again
 SERIALS: Final = itertools.count()
 
 
 class Weight:
     """A constant tensor, dense or sparse, whose data stays where it is until `values` is asked."""
 
-    __slots__ = ("proto", "store")
+    __slots__ = ("_decoded", "_nbytes", "data_type", "proto", "shape", "store")
 
     def __init__(self, proto: onnx.TensorProto | onnx.SparseTensorProto, store: Store) -> None:
         self.proto = proto
         self.store = store
+        self.shape: tuple[int, ...] = tuple(proto.dims)
+        self.data_type: int = self.tensor.data_type  # a TensorProto.DataType
+        self._nbytes = -1  # not yet known
+        self._decoded: NDArray[np.generic] | None = None  # kept where it is small
 
     @property
     def tensor(self) -> onnx.TensorProto:
@@ -63,18 +68,9 @@ class Weight:
         return isinstance(self.proto, onnx.SparseTensorProto)
 
     @property
-    def data_type(self) -> int:
-        """Element type as a TensorProto.DataType."""
-        return self.tensor.data_type
-
-    @property
     def is_float(self) -> bool:
         """True for every floating-point type, bfloat16 and the 8 and 4 bit ones included."""
         return self.data_type in _FLOATS
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.proto.dims)
 
     @property
     def size(self) -> int:
@@ -84,6 +80,11 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes that the tensor takes in the file; strings count their characters."""
+        if self._nbytes < 0:
+            self._nbytes = self._count_bytes()
+        return self._nbytes
+
+    def _count_bytes(self) -> int:
         if isinstance(self.proto, onnx.SparseTensorProto):
             tensors = [self.proto.values, self.proto.indices]
             return sum(tensor_bytes(t.data_type, t.dims) for t in tensors)
@@ -97,6 +98,15 @@ class Weight:
 
         Raises ModelError where the data does not fit type and shape.
         """
+        if self._decoded is None:
+            array = self._decode()
+            if array.nbytes > _KEPT_BELOW:
+                return array
+            array.flags.writeable = False
+            self._decoded = array
+        return self._decoded
+
+    def _decode(self) -> NDArray[np.generic]:
         if not isinstance(self.proto, onnx.SparseTensorProto):
             return self.store.array(self.proto)
         values = self.store.array(self.proto.values)
@@ -137,7 +147,9 @@ class Value:
     @property
     def constant(self) -> Weight | None:
         """The weight, where no caller can replace it: None for an input with a default."""
-        overridable = self.is_input and not self.graph.inputs_are_frozen
+        if self.weight is None:
+            return None
+        overridable = self in self.graph.input_set and not self.graph.inputs_are_frozen
         return None if overridable else self.weight
 
     @property
@@ -155,8 +167,10 @@ class Node:
 
     __slots__ = (
         "bodies",
+        "domain",
         "graph",
         "inputs",
+        "op",
         "outputs",
         "position",
         "proto",
@@ -167,6 +181,9 @@ class Node:
 
     def __init__(self, proto: onnx.NodeProto, graph: Graph, position: float) -> None:
         self.proto = proto
+        self.op: str = proto.op_type
+        stated = proto.domain
+        self.domain: str = "" if stated in STANDARD_DOMAINS else stated  # however it is spelt
         self.graph = graph
         self.position = position  # where the node stands in the file
         self.serial = next(SERIALS)  # orders nodes at one position
@@ -180,15 +197,6 @@ class Node:
     def place(self) -> tuple[float, int]:
         """Sorts the nodes of a graph: those that took the place of another stand as they came."""
         return self.position, self.serial
-
-    @property
-    def op(self) -> str:
-        return self.proto.op_type
-
-    @property
-    def domain(self) -> str:
-        """The operator's domain, "" for the standard one however the file spells it."""
-        return "" if self.proto.domain in STANDARD_DOMAINS else self.proto.domain
 
     @property
     def overload(self) -> str:
@@ -256,8 +264,9 @@ class Graph:
         """This graph and every body in it, outer before inner."""
         yield self
         for node in self.nodes:
-            for body in node.graphs():
-                yield from body.walk()
+            if node.bodies:
+                for body in node.graphs():
+                    yield from body.walk()
 
     # -- the primitives of graphopt.edit: each keeps both ends of an edge ------------------------
 
@@ -374,9 +383,10 @@ class Model:
 def _with_bodies(node: Node) -> Iterator[Node]:
     """The node and every node in its bodies: all that stop reading when it goes."""
     yield node
-    for body in node.graphs():
-        for inner in body.walk():
-            yield from inner.nodes
+    if node.bodies:
+        for body in node.graphs():
+            for inner in body.walk():
+                yield from inner.nodes
 
 
 def _count_down(counts: dict[Node, int], node: Node) -> None:

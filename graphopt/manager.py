@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Final, Protocol
 
-from graphopt import verify
+from graphopt import collector, verify
 from graphopt.edit import Change, Denial, Editor
 from graphopt.errors import UsageError
 from graphopt.fingerprint import fingerprint
@@ -76,13 +76,34 @@ def run_pipeline(
     tell = progress or (lambda name: None)
     edit = Editor(model, denied, fuel)
     interface = Interface.of(model)
-    if not verify_each:
-        runs = [_run_pass(step, edit, tell) for step in passes]
-        if not verify.problems(model, interface):
-            return runs
-        edit.undo_to((0, 0))  # some pass broke the model: once more, and each looked at
-    guard = _Guard(model, interface)
-    return [_run_pass(step, edit, tell, guard) for step in passes]
+    with collector.paused():
+        if not verify_each:
+            runs = _run_all(passes, edit, tell)
+            if not verify.problems(model, interface):
+                return runs
+            edit.undo_to((0, 0))  # some pass broke the model: once more, and each looked at
+        return _run_all(passes, edit, tell, _Guard(model, interface))
+
+
+def _run_all(
+    passes: Sequence[Pass],
+    edit: Editor,
+    tell: Callable[[str], None],
+    guard: _Guard | None = None,
+) -> list[PassRun]:
+    """A pass that found nothing to do finds nothing until the graph changes: it is not repeated."""
+    runs: list[PassRun] = []
+    idle: dict[str, int] = {}  # pass -> how many edits there were when it found nothing to do
+    for step in passes:
+        text, edits = to_text(step), edit.mark()[0]
+        if idle.get(text) == edits:
+            runs.append(PassRun(text, 0.0, ()))
+            continue
+        run = _run_pass(step, edit, tell, guard)
+        runs.append(run)
+        if edit.mark()[0] == edits and not run.error:
+            idle[text] = edits
+    return runs
 
 
 class _Guard:

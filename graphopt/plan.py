@@ -16,7 +16,7 @@ from graphopt.edit import Editor
 from graphopt.ir import Node, Value
 from graphopt.match import Binding, Context, default_of, input_slot, python_value
 from graphopt.rules import Rejected, Rule, RuleError, Var, Variable
-from graphopt.shapes import TensorType, small_data
+from graphopt.shapes import TensorType, element_name, small_data
 from graphopt.storage import HOLLOW_OVER
 
 
@@ -33,12 +33,14 @@ class Plan:
 class Replacement:
     """Plays the pattern back up to the yield, then plans what the rule computes."""
 
-    def __init__(self, rule: Rule, binding: Binding, root: Node, edit: Editor) -> None:
+    def __init__(
+        self, rule: Rule, binding: Binding, root: Node, context: Context, edit: Editor
+    ) -> None:
         self._rule = rule
         self._binding = binding
         self._root = root
         self._edit = edit
-        self._context = Context(edit.model, edit.types)
+        self._context = context
         self._drawn = 0
         self.emitting = False
         self.plan = Plan()
@@ -182,21 +184,36 @@ class Replacement:
 
     def _check_elements(self, node: onnx.NodeProto, known: Mapping[str, TensorType]) -> None:
         """Reject element types that the operator does not take, which inference lets pass."""
-        formal = onnx.defs.get_schema(node.op_type, self._context.opset, "").inputs
-        bound: dict[str, str] = {}  # what the operator's type variables stand for
+        formal = _formal_inputs(node.op_type, self._context.opset)
+        bound: dict[str, int] = {}  # what the operator's type variables stand for
         for slot, name in enumerate(node.input):
             if name not in known or not formal:
                 continue
-            stated = formal[min(slot, len(formal) - 1)]
-            element = onnx.TensorProto.DataType.Name(known[name].data_type).lower()
-            if f"tensor({element})" not in stated.types:
-                raise Rejected(f"{node.op_type} does not take {element}")
-            if stated.is_homogeneous and bound.setdefault(stated.type_str, element) != element:
-                raise Rejected(f"{node.op_type} takes no {element} beside {bound[stated.type_str]}")
+            elements, type_variable = formal[min(slot, len(formal) - 1)]
+            element = known[name].data_type
+            if element not in elements:
+                raise Rejected(f"{node.op_type} does not take {element_name(element)}")
+            if type_variable and bound.setdefault(type_variable, element) != element:
+                both = element_name(element), element_name(bound[type_variable])
+                raise Rejected(f"{node.op_type} takes no {both[0]} beside {both[1]}")
 
 
 def root_name(node: Node) -> str:
     return next((value.name for value in node.outputs if value is not None), "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _formal_inputs(op: str, opset: int) -> tuple[tuple[frozenset[int], str], ...]:
+    """For each input the elements that it takes, and what they are called where all are of one."""
+    schema = onnx.defs.get_schema(op, opset, "")
+    numbers = {f"tensor({element_name(n)})": n for n in onnx.TensorProto.DataType.values()}
+    return tuple(
+        (
+            frozenset(numbers[kind] for kind in entry.types if kind in numbers),
+            entry.type_str if entry.is_homogeneous else "",
+        )
+        for entry in schema.inputs
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from graphopt import collector
 from graphopt.bound import Bound, BoundVars, Planned
 from graphopt.edit import Editor
 from graphopt.ir import Node, Value
-from graphopt.match import Binding, Context, is_needed, matches
+from graphopt.match import Binding, Context, RuleIndex, is_needed, matches
 from graphopt.plan import Plan, Replacement, root_name
 from graphopt.rules import Rejected, Rule, RuleError, Var
 
@@ -45,13 +45,8 @@ def apply_rules(rules: Sequence[Rule], edit: Editor, tally: Tally | None = None)
 
 
 def _work_off(rules: Sequence[Rule], edit: Editor, tally: Tally) -> None:
-    opset = Context(edit.model, edit.types).opset
-    applicable = [rule for rule in rules if rule.applies_to(opset)]
-    by_root: dict[str, list[Rule]] = {}
-    for rule in applicable:
-        for op in dict.fromkeys(root.op for root in rule.roots):
-            by_root.setdefault(op, []).append(rule)
-    depth = max((rule.depth for rule in applicable), default=1)
+    context = Context(edit.model, edit.types)
+    index = RuleIndex(rule for rule in rules if rule.applies_to(context.opset))
     # readers first: a pattern is tried before the smaller ones that it may hold inside
     pending = deque(node for graph in edit.model.graphs() for node in reversed(graph.nodes))
     queued = set(pending)
@@ -59,39 +54,29 @@ def _work_off(rules: Sequence[Rule], edit: Editor, tally: Tally) -> None:
     while pending:
         node = pending.popleft()
         queued.discard(node)
-        if node not in node.graph.nodes or node.domain:
+        if node not in node.graph.nodes:
             continue
-        for rule in by_root.get(node.op, ()):
-            touched = fire(rule, node, edit, tally)
+        for rule in index.at(node):
+            touched = _fire(rule, node, context, edit, tally)
             if touched is not None:
                 fuel -= 1
                 if fuel < 0:
                     raise RuleError(f"rules undo one another without end, {rule.name!r} among them")
-                fresh = [n for n in _within(touched, depth) if n not in queued]
+                fresh = [n for n in index.affected(touched) if n not in queued]
                 pending.extend(fresh)
                 queued.update(fresh)
                 break
 
 
-def _within(touched: Sequence[Node], depth: int) -> dict[Node, None]:
-    """The nodes, and those that a pattern of this depth could see them from."""
-    found = dict.fromkeys(touched)
-    layer = list(found)
-    for _ in range(depth - 1):
-        outputs = [v for node in layer for v in node.outputs if v is not None]
-        layer = [n for value in outputs for n in value.consumers if n not in found]
-        found.update(dict.fromkeys(layer))
-    return found
-
-
-def fire(rule: Rule, node: Node, edit: Editor, tally: Tally) -> list[Node] | None:
+def _fire(
+    rule: Rule, node: Node, context: Context, edit: Editor, tally: Tally
+) -> list[Node] | None:
     """Rewrite at the node if the rule fits; the nodes worth another look, or None."""
-    context = Context(edit.model, edit.types)
     for binding in matches(rule, node, context):
         if not edit.allows(rule.name, root_name(node)):
             return None
         try:
-            plan, results = _planned(rule, binding, node, edit)
+            plan, results = _planned(rule, binding, node, context, edit)
             targets = _targets(node, results)
             _check(targets, results, edit)
         except Rejected as rejection:
@@ -112,8 +97,10 @@ def _targets(root: Node, results: Sequence[Var]) -> list[Value]:
     return outputs
 
 
-def _planned(rule: Rule, binding: Binding, root: Node, edit: Editor) -> tuple[Plan, list[Var]]:
-    ops = Replacement(rule, binding, root, edit)
+def _planned(
+    rule: Rule, binding: Binding, root: Node, context: Context, edit: Editor
+) -> tuple[Plan, list[Var]]:
+    ops = Replacement(rule, binding, root, context, edit)
     generator = rule.function(
         ops, **{name: ops.handle(variable) for name, variable in rule.variables.items()}
     )

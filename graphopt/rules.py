@@ -17,7 +17,6 @@ uses elsewhere and types are the engine's business (`graphopt.match`, `graphopt.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,8 +44,9 @@ from graphopt.pattern import (
     PatternOps,
     Variable,
     check_alternatives,
-    depth_of,
     labels_of,
+    levels,
+    needs,
     roots_of,
 )
 
@@ -73,6 +73,8 @@ __all__ = [
     "Vars",
     "absent",
     "compile_rule",
+    "levels",
+    "needs",
     "require",
     "rule",
 ]
@@ -106,11 +108,6 @@ class Rule:
     def family(self) -> str:
         """The folder of passes that the rule lives in: `canonicalize`, `fusion`, or a plugin's."""
         return self.function.__module__.rpartition(".")[0].rpartition(".")[2]
-
-    @functools.cached_property
-    def depth(self) -> int:
-        """Operators on the longest way from the root to what the pattern reads."""
-        return max(depth_of(root) for root in self.roots)
 
     def applies_to(self, opset: int) -> bool:
         """True for the versions of the standard operators that the rule is written for."""

@@ -7,6 +7,7 @@ contradicts them. Symbols that inference carries from one value to another do me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -47,12 +48,11 @@ class TensorType:
         if self.shape is None:
             return False
         return len(self.shape) == len(other.shape) and all(
-            a == b or (a is None and _is_open(b)) or b is None
-            for a, b in zip(self.shape, other.shape, strict=True)
+            a == b or _is_open(b) for a, b in zip(self.shape, other.shape, strict=True)
         )
 
     def __str__(self) -> str:
-        name = onnx.TensorProto.DataType.Name(self.data_type).lower()
+        name = element_name(self.data_type)
         if self.shape is None:
             return name
         return f"{name}[{','.join('?' if dim is None else str(dim) for dim in self.shape)}]"
@@ -62,25 +62,33 @@ class TensorType:
         return onnx.helper.make_tensor_type_proto(self.data_type, self.shape)
 
 
+def element_name(data_type: int) -> str:
+    """A TensorProto.DataType as ONNX's type strings spell it."""
+    return onnx.TensorProto.DataType.Name(data_type).lower()
+
+
 class Types:
     """What is proven of every value of a model; kept up as nodes are added."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._known: dict[Value, TensorType] = {}
+        self._inferred: dict[_Call, tuple[TensorType | None, ...]] = {}
         self._opsets = list(model.proto.opset_import)
+        graphs = list(model.graphs())
         with collector.paused():
-            inferred = _inferred(model)
-            for graph, proto in zip(model.graphs(), _walk(inferred.graph), strict=True):
+            inferred = _inferred(model, has_bodies=len(graphs) > 1)
+            protos = _walk(inferred.graph) if len(graphs) > 1 else [inferred.graph]
+            for graph, proto in zip(graphs, protos, strict=True):
                 self._collect(graph, proto)
-        for graph in model.graphs():
+        for graph in graphs:
             if graph.owner is not None:
                 self._complete(graph)
 
     def __getitem__(self, value: Value) -> TensorType | None:
         """What is proven of the value; None where that is nothing, or it is no tensor."""
-        if value.constant is not None:
-            return TensorType(value.constant.data_type, value.constant.shape)
+        if value.weight is not None and (weight := value.constant) is not None:
+            return TensorType(weight.data_type, weight.shape)
         return self._known.get(value)
 
     def __setitem__(self, value: Value, known: TensorType) -> None:
@@ -93,12 +101,16 @@ class Types:
         data: Mapping[str, onnx.TensorProto],
     ) -> dict[str, TensorType]:
         """Types of a node's outputs by name, from those of its inputs and from constants."""
-        try:
-            found = self._infer(node, inputs, data)
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
-            return {}
-        typed = {name: from_proto(kind) for name, kind in found.items()}
-        return {name: kind for name, kind in typed.items() if kind is not None}
+        call = _call(node, inputs, data)
+        slots = self._inferred.get(call)
+        if slots is None:
+            try:
+                found = self._infer(node, inputs, data)
+            except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+                found = {}
+            typed = {name: from_proto(kind) for name, kind in found.items()}
+            slots = self._inferred[call] = tuple(typed.get(name) for name in node.output)
+        return {n: kind for n, kind in zip(node.output, slots, strict=True) if kind is not None}
 
     def accepts(
         self,
@@ -141,9 +153,13 @@ class Types:
         )
 
     def _collect(self, graph: Graph, proto: onnx.GraphProto) -> None:
+        alike: dict[bytes, TensorType | None] = {}  # blocks of a model repeat one another
         for info in (*proto.value_info, *proto.output, *proto.input):
             value = graph.values.get(info.name)
-            known = from_proto(info.type)
+            stated = info.type.SerializeToString()
+            if stated not in alike:
+                alike[stated] = from_proto(info.type)
+            known = alike[stated]
             if value is not None and known is not None:
                 self._known[value] = known
 
@@ -162,6 +178,24 @@ class Types:
         if known is None or known.shape is None:
             return value is None
         return all(isinstance(size, int) for size in known.shape)
+
+
+_Call = tuple[str, str, tuple[bytes, ...], tuple[tuple[TensorType | None, bytes], ...], int]
+
+
+def _call(
+    node: onnx.NodeProto,
+    inputs: Mapping[str, TensorType],
+    data: Mapping[str, onnx.TensorProto],
+) -> _Call:
+    """All that the types of a node's outputs depend on: blocks of a model repeat one another."""
+    operands = []
+    for name in node.input:
+        tensor = data.get(name)
+        held = b"" if tensor is None else tensor.raw_data or tensor.SerializeToString()
+        operands.append((inputs.get(name), held))
+    attributes = tuple(a.SerializeToString(deterministic=True) for a in node.attribute)
+    return node.domain, node.op_type, attributes, tuple(operands), len(node.output)
 
 
 def _is_open(size: int | str | None) -> bool:
@@ -185,24 +219,25 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return dim.dim_param or None
 
 
-def _inferred(model: Model) -> onnx.ModelProto:
+def _inferred(model: Model, *, has_bodies: bool) -> onnx.ModelProto:
     """onnx's inference over the hollow model, from nothing that is merely declared."""
     proto = onnx.ModelProto()
     proto.CopyFrom(exporter.to_hollow(model))
     _forget_defaults(model.graph, proto.graph)
-    symbols = (f"d{number}" for number in _counter())
-    for graph in _walk(proto.graph):
+    symbols = (f"d{number}" for number in itertools.count())
+    graphs = list(_walk(proto.graph)) if has_bodies else [proto.graph]
+    opset = model.opsets.get("", 1)
+    for graph in graphs:
         del graph.value_info[:]
         for info in graph.output:
             _forget_shape(info.type)
         for node in graph.node:
-            if _counts_back(node, model.opsets.get("", 1)):
+            if _counts_back(node, opset):
                 node.domain = _NOWHERE
     proto.opset_import.add(domain=_NOWHERE, version=1)
     for info in proto.graph.input:
         _own_symbols(info.type, symbols)
-    inner = (graph for graph in _walk(proto.graph) if graph is not proto.graph)
-    for graph in inner:
+    for graph in graphs[1:]:
         for info in graph.input:
             _forget_shape(info.type)
     return onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
@@ -219,16 +254,9 @@ def _forget_defaults(graph: Graph, proto: onnx.GraphProto) -> None:
 
 def _counts_back(node: onnx.NodeProto, opset: int) -> bool:
     """True for negative axes in a version that onnx infers wrongly with them."""
-    if node.domain or opset >= FORWARD_AXES.get(node.op_type, 0):
+    if node.op_type not in FORWARD_AXES or node.domain or opset >= FORWARD_AXES[node.op_type]:
         return False
     return any(axis < 0 for a in node.attribute if a.name == "axes" for axis in a.ints)
-
-
-def _counter() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def _forget_shape(kind: onnx.TypeProto) -> None:
@@ -254,10 +282,15 @@ def _walk(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def small_data(value: Value, model: Model) -> onnx.TensorProto | None:
-    """The tensor behind a constant of up to 1 KB: inference reads shapes and axes from it."""
+    """The tensor behind a constant of up to 1 KB: inference reads shapes and axes from it.
+
+    It may be the weight's own: to be read only.
+    """
     weight = constant_of(value, model.store)
     if weight is None or weight.is_sparse or weight.nbytes > HOLLOW_OVER:
         return None
+    if weight.tensor.name == value.name:
+        return weight.tensor
     tensor = onnx.TensorProto()
     tensor.CopyFrom(weight.tensor)
     tensor.name = value.name

@@ -193,6 +193,8 @@ class _Checker:
 
     def operator(self, node: Node) -> Iterator[str]:
         domain, op = node.domain, node.op
+        if op != node.proto.op_type:
+            yield f"{node.label}: it is stored as {node.proto.op_type!r}"
         if (domain, op) in self.functions:
             return
         version = self.opsets.get(domain)

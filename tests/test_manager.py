@@ -258,3 +258,20 @@ def test_a_text_option_with_a_comma_is_refused_rather_than_cut() -> None:
     text: Any = to_text(Tuned(keep="a,b"))
     with pytest.raises(UsageError, match="tuned has no option 'b'"):
         parse_pipeline(text, REGISTRY)
+
+
+def test_a_pass_that_found_nothing_to_do_waits_until_the_graph_changes() -> None:
+    ran: list[int] = []
+
+    @dataclass(frozen=True)
+    class Idle:
+        name: ClassVar[str] = "idle"
+
+        def run(self, model: Model, edit: Editor) -> None:
+            ran.append(len(model.graph.nodes))
+
+    chain_of = chain()
+    count = len(chain_of.graph.nodes)
+    runs = run_pipeline(chain_of, [Idle(), Idle(), Skip(), Idle(), Fails(), Idle()])
+    assert len(runs) == 6
+    assert ran == [count, count - 1]  # what Fails did was undone

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from graphopt.edit import Editor
 from graphopt.fingerprint import fingerprint
-from graphopt.ir import Graph, Model, Node, Value
+from graphopt.ir import Graph, Model, Node, Value, Weight
 from graphopt.manager import run_pipeline
 from graphopt.passes.pipelines import LEVELS, pipeline
 from graphopt.verify import Interface, problems
@@ -178,13 +178,22 @@ def outputs_swapped(model: Model) -> None:
     model.graph.outputs.reverse()
 
 
+def become(node: Node, op: str, domain: str = "") -> None:
+    node.op = node.proto.op_type = op
+    node.domain = node.proto.domain = domain
+
+
+def stored_as_another_operator(model: Model) -> None:
+    maker(model, "s").proto.op_type = "LogSoftmax"
+
+
 def constant_too_short(model: Model) -> None:
     proto = onnx.TensorProto()
     held = named(model, "w").weight
     assert held is not None
     proto.CopyFrom(held.tensor)
     proto.dims[0] += 1
-    held.proto = proto
+    named(model, "w").weight = Weight(proto, held.store)
 
 
 def constant_of_another_name(model: Model) -> None:
@@ -193,19 +202,19 @@ def constant_of_another_name(model: Model) -> None:
     assert held is not None
     proto.CopyFrom(held.tensor)
     proto.name = "v"
-    held.proto = proto
+    named(model, "w").weight = Weight(proto, held.store)
 
 
 def unknown_operator(model: Model) -> None:
-    maker(model, "s").proto.op_type = "Softmacks"
+    become(maker(model, "s"), "Softmacks")
 
 
 def operator_too_new(model: Model) -> None:
-    maker(model, "s").proto.op_type = "RMSNormalization"
+    become(maker(model, "s"), "RMSNormalization")
 
 
 def domain_not_imported(model: Model) -> None:
-    maker(model, "s").proto.domain = "ai.onnx.ml"
+    become(maker(model, "s"), "Softmax", "ai.onnx.ml")
 
 
 def too_few_inputs(model: Model) -> None:
@@ -238,7 +247,7 @@ def attribute_stated_twice(model: Model) -> None:
 
 
 def attribute_lacking(model: Model) -> None:
-    maker(model, "s").proto.op_type = "Concat"
+    become(maker(model, "s"), "Concat")
     del maker(model, "s").proto.attribute[:]
 
 
@@ -271,6 +280,7 @@ BROKEN: dict[Callable[[Model], None], str] = {
     outputs_swapped: "the graph computes s, y, which are not the model's outputs",
     constant_too_short: "initializer 'w' has 2,048 bytes and needs 2,176",
     constant_of_another_name: "the initializer 'w' is stored as 'v'",
+    stored_as_another_operator: "Softmax 's': it is stored as 'LogSoftmax'",
     unknown_operator: "Softmacks 's': ai.onnx 17 has no operator 'Softmacks'",
     operator_too_new: "RMSNormalization 's': ai.onnx 17 has no operator 'RMSNormalization'",
     domain_not_imported: "Softmax 's': the model does not import the domain 'ai.onnx.ml'",
@@ -307,7 +317,7 @@ def test_the_same_problem_everywhere_is_not_told_without_end() -> None:
     nodes = [node("Relu", ["x"], [f"y{number}"]) for number in range(500)]
     model = Model.load(graphs.model(nodes, ["x"], ["y0"]))
     for made in model.graph.nodes:
-        made.proto.op_type = "Rely"
+        become(made, "Rely")
     assert len(problems(model)) == 100
 
 
@@ -322,7 +332,7 @@ def test_architectures_are_sound(path: Path) -> None:
 
 def changes() -> Iterator[Callable[[Model], None]]:
     yield lambda m: m.graph._set_input(maker(m, "s"), 0, named(m, "a"))
-    yield lambda m: maker(m, "then/inner").proto.ClearField("op_type")
+    yield lambda m: become(maker(m, "then/inner"), "Abs")
     yield lambda m: setattr(maker(m, "s").proto.attribute[0], "i", 0)
     yield lambda m: m.graph._set_inputs(m.graph.inputs[:1])
     yield lambda m: setattr(named(m, "w"), "weight", None)
@@ -423,8 +433,8 @@ def test_the_environment_asks_for_verification(monkeypatch: pytest.MonkeyPatch) 
     run_pipeline(sound(), pipeline(1, None))
     assert len(seen) == 1
     monkeypatch.setenv("GRAPHOPT_VERIFY_EACH", "1")
-    run_pipeline(sound(), pipeline(1, None))
-    assert len(seen) == 1 + 1 + len(pipeline(1, None))
+    runs = run_pipeline(sound(), pipeline(1, None))
+    assert len(seen) == 1 + 1 + sum(run.seconds > 0 for run in runs)  # those that had to run
 
 
 def test_edits_that_nobody_recorded_are_a_change_all_the_same() -> None:

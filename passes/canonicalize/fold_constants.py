@@ -168,15 +168,15 @@ class _Candidates:
     def _is_foldable(self, node: Node) -> bool:
         if node.domain or node.bodies or node.op in QUANTIZERS or not node.inputs:
             return False
+        if not all(self._is_known(value) for value in node.inputs):
+            return False
         if ("", node.op, node.overload) in self._functions or is_random(node):
             return False
         outputs = [value for value in node.outputs if value is not None]
         if not outputs or not any(_is_needed(value) for value in outputs):
             return False
-        return (
-            all(self._is_known(value) for value in node.inputs)
-            and _gives_tensors(node.op, self._model.opsets.get("", 1))
-            and self._edit.allows(RULE, outputs[0].name)
+        return _gives_tensors(node.op, self._model.opsets.get("", 1)) and self._edit.allows(
+            RULE, outputs[0].name
         )
 
     def _is_known(self, value: Value | None) -> bool:

@@ -35,7 +35,7 @@ class MergeDuplicates:
 
     def run(self, model: Model, edit: Editor) -> None:
         _merge_weights(model, edit)
-        _merge_nodes(model.graph, model, edit, ChainMap(), {})
+        _Merger(edit, frozenset(model.functions)).merge(model.graph, ChainMap())
 
 
 # -- initializers ----------------------------------------------------------------------------------
@@ -120,57 +120,63 @@ def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 # -- nodes -----------------------------------------------------------------------------------------
 
 
-def _merge_nodes(
-    graph: Graph, model: Model, edit: Editor, seen: Seen, first: dict[Value, Value]
-) -> None:
-    """Merge in order, so that readers of merged nodes are equal in their turn.
+class _Merger:
+    """Merges in order, so that readers of merged nodes are equal in their turn."""
 
-    `first` gives the value that a name stood for when the nodes in `seen` were keyed: a node that
-    takes over the name of a graph output computes the same as before.
-    """
-    for node in list(graph.nodes):
-        for body in node.graphs():
-            _merge_nodes(body, model, edit, seen.new_child(), first)
-        key = _key(node, model, first)
-        if key is None:
-            continue
-        other = seen.get(key)
-        if other is None or not _absorbs(other, node, edit, first):
-            seen.setdefault(key, node)
+    def __init__(self, edit: Editor, functions: frozenset[tuple[str, str, str]]) -> None:
+        self._edit = edit
+        self._functions = functions
+        # The value that a name stood for when nodes were keyed: a node that takes over the name
+        # of a graph output computes the same as before.
+        self._first: dict[Value, Value] = {}
 
+    def merge(self, graph: Graph, seen: Seen) -> None:
+        """Merge nodes of the graph, and of its bodies with those around them."""
+        for node in list(graph.nodes):
+            if node.bodies:
+                for body in node.graphs():
+                    self.merge(body, seen.new_child())
+                continue
+            key = self._key(node)
+            if key is None:
+                continue
+            other = seen.get(key)
+            if other is None:
+                seen[key] = node
+            else:
+                self._absorb(other, node)
 
-def _key(node: Node, model: Model, first: dict[Value, Value]) -> Hashable | None:
-    """What two nodes must share to compute the same; None for a node that is never merged."""
-    if node.domain not in REPEATABLE_DOMAINS or node.op in ONE_PER_READER or node.bodies:
-        return None
-    if (node.domain, node.op, node.overload) in model.functions or is_random(node):
-        return None
-    inputs = [first.get(value, value) if value is not None else None for value in node.inputs]
-    while inputs and inputs[-1] is None:
-        inputs.pop()
-    present = tuple(value is not None for value in node.outputs)
-    attributes = sorted(a.SerializeToString(deterministic=True) for a in node.proto.attribute)
-    return node.domain, node.op, tuple(attributes), tuple(inputs), present
+    def _key(self, node: Node) -> Hashable | None:
+        """What two nodes must share to compute the same; None for one that is never merged."""
+        if node.domain not in REPEATABLE_DOMAINS or node.op in ONE_PER_READER or is_random(node):
+            return None
+        if self._functions and (node.domain, node.op, node.overload) in self._functions:
+            return None
+        inputs = [self._first.get(v, v) if v is not None else None for v in node.inputs]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        present = [value is not None for value in node.outputs]
+        attributes = [a.SerializeToString(deterministic=True) for a in node.proto.attribute]
+        return node.domain, node.op, tuple(sorted(attributes)), tuple(inputs), tuple(present)
 
-
-def _absorbs(kept: Node, node: Node, edit: Editor, first: dict[Value, Value]) -> bool:
-    """Let readers of `node` read what `kept` computes; False where they cannot."""
-    pairs = [
-        (old, new)
-        for old, new in zip(node.outputs, kept.outputs, strict=True)
-        if old is not None and new is not None
-    ]
-    root = pairs[0][0].name if pairs else ""
-    if not pairs or not all(edit.can_bypass(old, new) for old, new in pairs):
-        return False
-    if not edit.allows("merge-nodes", root):
-        return False
-    before = node.text()
-    told = ", ".join(f"{old.name} := {new.name}" for old, new in pairs)
-    edit.detach_node(node)
-    for old, new in pairs:
-        if old.is_output:
-            first[old] = first.get(new, new)
-        edit.bypass(old, new)
-    edit.record("merge-nodes", root, before, told)
-    return True
+    def _absorb(self, kept: Node, node: Node) -> None:
+        """Let readers of `node` read what `kept` computes, where they can."""
+        edit = self._edit
+        pairs = [
+            (old, new)
+            for old, new in zip(node.outputs, kept.outputs, strict=True)
+            if old is not None and new is not None
+        ]
+        root = pairs[0][0].name if pairs else ""
+        if not pairs or not all(edit.can_bypass(old, new) for old, new in pairs):
+            return
+        if not edit.allows("merge-nodes", root):
+            return
+        before = node.text()
+        told = ", ".join(f"{old.name} := {new.name}" for old, new in pairs)
+        edit.detach_node(node)
+        for old, new in pairs:
+            if old.is_output:
+                self._first[old] = self._first.get(new, new)
+            edit.bypass(old, new)
+        edit.record("merge-nodes", root, before, told)
