@@ -120,7 +120,7 @@ def main() -> int:
             with source.open("rb") as file:
                 record = results.start(name, hashlib.file_digest(file, "sha256").hexdigest())
             record.update(
-                nodes=lossless_steps.count_nodes(source), bytes=lossless_steps.count_bytes(source)
+                nodes=lossless_steps.nodes_of(source)[0], bytes=lossless_steps.count_bytes(source)
             )
             folder = (given.keep or Path(temporary)) / name
             folder.mkdir(parents=True, exist_ok=True)

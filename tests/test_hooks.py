@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import graphopt
@@ -306,6 +307,17 @@ def test_a_link_into_another_folder(torch_onnx: Any) -> None:
         torch_onnx.export("mlp", (), "m.onnx", dynamo=False)
     assert Path("m.onnx").is_symlink()
     assert operators("real/real.onnx") == expected("mlp", False)
+
+
+def test_a_link_within_the_folder(torch_onnx: Any) -> None:
+    Path("m.onnx").symlink_to(Path("real.onnx"))
+    Path("real.onnx").touch()
+    with torch_export():
+        torch_onnx.export("mlp", (), "m.onnx")
+    assert files() == ["m.onnx", "real.onnx", "real.onnx.data"]
+    assert Path("m.onnx").is_symlink()
+    onnx.checker.check_model("m.onnx")
+    onnxruntime.InferenceSession("m.onnx")
 
 
 # -- options ---------------------------------------------------------------------------------------

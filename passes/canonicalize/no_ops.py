@@ -60,6 +60,8 @@ def eliminate_cast(op: Ops, x: Var) -> Rewrite:
         {"x": (2, 3, 4), "reshaped.shape": [2, -1, 4]},
         {"reshaped.shape": [0, 3, 4]},
         {"reshaped.shape": [0, -1, 0]},
+        {"x": ("n", 3, 4), "reshaped.shape": [-1, 3, 4]},
+        {"x": ("n", 3, 4), "reshaped.shape": [-1, 0, 4]},
     ],
     refuses=[
         {"reshaped.shape": [3, 2, 4]},
