@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def measure_file(work: Work, tool: peers.Peer) -> None:
             nodes, foreign = nodes_of(target)
             cell.update(nodes=nodes, foreign=foreign, bytes=count_bytes(target))
         except (OSError, DecodeError, GraphoptError) as error:
-            cell["run"]["error"] = f"unreadable: {error}"[:300]
+            cell["run"] |= _rounded({"error": f"unreadable: {error}"})
 
 
 def measure_proof(work: Work, tool: peers.Peer) -> None:
@@ -163,9 +164,9 @@ def _answer(call: list[str], timeout: float) -> dict[str, Any]:
         return {"verdict": "unproven", "reason": f"no end after {timeout:.0f} s"}
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or [""])[-1]
-        return {"verdict": "failed", "reason": f"exit code {done.returncode}: {said}"[:300]}
+        return {"verdict": "failed", "reason": f"exit code {done.returncode}: {said}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**found, "reason": found["reason"][:300]}
+    return found
 
 
 def measure_command(work: Work, tool: peers.Peer) -> None:
@@ -235,5 +236,12 @@ def _ratios(seconds: float, *models: Path) -> dict[str, Any]:
 
 
 def _rounded(found: dict[str, Any]) -> dict[str, Any]:
-    """Four significant digits; more would only be noise to a reader of the file."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
+    """Four significant digits, since more would only be noise; of paths only the last name."""
+    rounded: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, float):
+            value = float(f"{value:.4g}")
+        elif isinstance(value, str):
+            value = re.sub(r"(?:/[\w.+-]+)+/", "", value)[:300]
+        rounded[key] = value
+    return rounded
