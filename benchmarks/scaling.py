@@ -1,11 +1,14 @@
 """Does the cost of a node depend on how many there are? Load, fire every rule, export.
 
-    python benchmarks/scaling.py [--runs 5] [--no-rules]
+    python benchmarks/scaling.py [--runs 5] [--no-rules] [--against onnxsim]
 
 The model is a chain of MatMul, Add and Relu. Each size runs in fresh processes that take turns;
 CPU time is counted, and the best of the runs, since other work on the machine only ever adds. The
 marginal time per node from 1,000 to 10,000 nodes is compared with that from 10,000 to 100,000.
 Exit code 1 where the ratio is over the bar.
+
+With `--against`, graphopt's whole level 2 takes turns with a peer on the longest chain instead:
+load, optimise and save in fresh processes, without imports and without validation.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,8 +27,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import peers
+
 SIZES = (1_000, 10_000, 100_000)
 BAR = 1.3
+BAR_AGAINST = 0.5
 
 _JOB = """
 import json, sys, time
@@ -78,7 +87,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--runs", type=int, default=5)
     arguments.add_argument("--no-rules", action="store_true")
+    arguments.add_argument("--against", choices=peers.PEERS)
     given = arguments.parse_args()
+    if given.against:
+        sys.exit(against(peers.PEERS[given.against], given.runs))
     runs: dict[int, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for size in SIZES:
@@ -96,6 +108,25 @@ def main() -> None:
         )
         print(f"{size:7,} nodes  {parts}  {steps['changes']:.0f} changes")
     sys.exit(report(best))
+
+
+def against(peer: peers.Peer, runs: int) -> int:
+    """Compare the whole of level 2 with a peer; the exit code."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "chain.onnx"), Path(folder, "out.onnx")
+        source.write_bytes(chain(SIZES[-1]).SerializeToString())
+        for _ in range(runs):
+            for each in (peers.GRAPHOPT, peer):
+                run = peers.run(each, source, target)
+                if run.error:
+                    sys.exit(f"{each.name}: {run.error}")
+                seconds[each.name].append(run.cpu_seconds)
+                nodes = len(onnx.load(target).graph.node)
+                print(f"{each.name:10} {run.cpu_seconds:6.2f} s CPU, {nodes:,} nodes", flush=True)
+    ours, theirs = (statistics.median(times) for times in seconds.values())
+    print(f"graphopt / {peer.name}: {ours / theirs:.2f} of its CPU time, bar {BAR_AGAINST}")
+    return 0 if ours <= BAR_AGAINST * theirs else 1
 
 
 def measure(source: Path, *, fire: bool) -> dict[str, float]:

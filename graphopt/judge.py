@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -132,7 +133,8 @@ def noise_floor(state: OutputState, index: int, signal: Norms) -> Norms:
     """The largest noise among the feeds drawn like this one that can prove anything.
 
     The spread of one feed is a single draw, which is now and then a tenth of its neighbours' by
-    luck; a rounding of the same size as theirs is no fault.
+    luck; a rounding of the same size as theirs is no fault. Nor is it less than what storing the
+    output rounds away, which is much of the signal where that is small beside a constant offset.
     """
     run = state.runs["original off"][index]
     alike = (
@@ -141,7 +143,19 @@ def noise_floor(state: OutputState, index: int, signal: Norms) -> Norms:
         if state.groups[at] == state.groups[index]
         and _same_form(state.runs["original off"][at], run)
     )
-    return largest([noise for noise, informative in alike if informative])
+    stored = _rounding(run).over(signal)
+    return largest([stored, *(noise for noise, informative in alike if informative)])
+
+
+def _rounding(run: Flat) -> Norms:
+    """Half a unit in the last place of what an output holds."""
+    halves = []
+    for array in run:
+        if _is_float_array(array) and array.dtype.kind != "c":
+            magnitude = np.abs(_wide(array))
+            half = float(ml_dtypes.finfo(array.dtype).eps) / 2  # type: ignore[no-untyped-call]
+            halves.append(np.where(np.isfinite(magnitude), magnitude, 0) * half)
+    return difference(halves, [np.zeros_like(half) for half in halves])
 
 
 def largest(norms: Sequence[Norms]) -> Norms:

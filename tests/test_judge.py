@@ -275,6 +275,15 @@ def test_within_the_tolerance_of_the_type() -> None:
     assert judged(shifted(2.1e-3), tolerance=2e-3).problem
 
 
+def test_what_storing_the_output_rounds_away_is_no_fault() -> None:
+    """The last place of 1000 is 6e-5: as much as this output varies, times 6e-4."""
+    off = [f32(1000.0), f32(1000.1)]
+    one_place = [np.nextafter(run, np.float32(np.inf)) for run in off]
+    four_places = [run + 4 * (np.nextafter(run, np.float32(np.inf)) - run) for run in off]
+    assert not judged(state(off, candidate=one_place)).problem
+    assert judged(state(off, candidate=four_places)).problem
+
+
 def test_exactly_what_is_allowed_is_allowed() -> None:
     found = judged(shifted(2**-10), tolerance=2**-10)
     assert (found.used, found.problem) == (1.0, "")
