@@ -130,9 +130,10 @@ def main() -> int:
                 shutil.rmtree(folder)
     if given.markdown:
         given.markdown.write_text(lossless_tables.page(results.models))
-    met = list(lossless_tables.bars(results.models))
-    print("\n".join(f"{'met' if is_met else 'NOT MET'}: {text}" for is_met, text in met))
-    return int(not all(is_met for is_met, _ in met))
+    judged = list(lossless_tables.bars(results.models))
+    for is_met, text, missed in judged:
+        print("\n    ".join([f"{'met' if is_met else 'NOT MET'}: {text}", *missed]))
+    return int(not all(is_met for is_met, _, _ in judged))
 
 
 if __name__ == "__main__":
