@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,17 +233,22 @@ def _call(arguments: Arguments, timeout: float) -> str:
     """Run a process to its end; what went wrong, "" for nothing."""
     # Into a file: what a peer prints of a large model would fill a pipe that nobody reads.
     with tempfile.TemporaryFile("w+", errors="replace") as said:
+        started = time.monotonic()
         process = subprocess.Popen(
             arguments, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
         )
+        # Not wait(timeout), which looks only every 50 ms and would round the time up.
+        late = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
         try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"no end after {timeout:.0f} s"
+            code = process.wait()
         finally:
+            late.cancel()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        if code == -signal.SIGKILL and time.monotonic() - started >= timeout:
+            return f"no end after {timeout:.0f} s"
         said.seek(0)
         lines = [line.strip() for line in said if line.strip()]
     if code < 0:
