@@ -175,7 +175,7 @@ def environment(peer: Peer) -> Path:
     cache = cache if "GRAPHOPT_CACHE" in os.environ else cache.parent
     # Peers of the same packages share an environment, which has the name of the first of them.
     folder = cache / "peers" / peer.packages[0].replace("==", "-")
-    python = _programs(folder) / "python"
+    python = folder / "bin" / "python"
     complete = folder / "complete.txt"
     wanted = "\n".join(peer.packages)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -260,10 +260,6 @@ def _reason(lines: list[str]) -> str:
     """The exception that ended a traceback, else the last that was said."""
     raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return (raised or lines or [""])[-1]
-
-
-def _programs(folder: Path) -> Path:
-    return folder / ("Scripts" if os.name == "nt" else "bin")
 
 
 @contextlib.contextmanager
