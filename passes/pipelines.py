@@ -36,7 +36,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
 _PLAIN: Final = (
     "inline-functions, freeze-parameters, lift-constants, fold-constants, inline-if, "
     "lift-constants, remove-dead, merge-duplicates, canonicalize, fold-constants, inline-if, "
-    "lift-constants, merge-duplicates, canonicalize"
+    "lift-constants, remove-dead, merge-duplicates, canonicalize"
 )
 _CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead"
 _FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates, remove-dead"

@@ -15,7 +15,16 @@ from typing import ClassVar, Final
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
-from graphopt.passes.canonicalize import movement, no_ops, parts, repeats, types
+from graphopt.passes.canonicalize import (
+    arithmetic,
+    batches,
+    logic,
+    movement,
+    no_ops,
+    parts,
+    repeats,
+    types,
+)
 from graphopt.passes.fusion import activation, convolution, matrix, normalization, transposed
 from graphopt.rewrite import apply_rules
 from graphopt.rules import RULES, Rule
@@ -24,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 # Importing a module registers its rules; they are tried in this order.
 FAMILIES: Final = {
-    "canonicalize": (no_ops, types, repeats, movement, parts),
+    "canonicalize": (no_ops, types, repeats, arithmetic, logic, movement, batches, parts),
     "fusion": (normalization, activation, convolution, transposed, matrix),
 }
 ENTRY_POINTS: Final = "graphopt.rules"
