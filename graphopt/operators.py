@@ -193,6 +193,16 @@ BROADCASTING: Final = frozenset(
     | {"Pow", "Sub", "Sum", "Xor"}
 )
 
+# Operators that compute each element from the same one of their first input; other inputs, like
+# the bounds of Clip, are one number each.
+ELEMENTWISE: Final = frozenset(
+    {"Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil"}
+    | {"Celu", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
+    | {"HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not"}
+    | {"Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh"}
+    | {"Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu"}
+)
+
 # Operators that, below an opset, are in training mode where they state more than one output.
 TRAINING_BY_OUTPUTS: Final = {"BatchNormalization": 14}
 

@@ -12,6 +12,7 @@ from graphopt.passes.canonicalize.inline_functions import InlineFunctions
 from graphopt.passes.canonicalize.inline_if import InlineIf
 from graphopt.passes.canonicalize.lift_constants import LiftConstants
 from graphopt.passes.canonicalize.merge_duplicates import MergeDuplicates
+from graphopt.passes.canonicalize.move_transposes import MoveTransposes
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 from graphopt.passes.rules import Canonicalize, Fuse
@@ -25,6 +26,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
         InlineIf,
         Canonicalize,
         FoldConstants,
+        MoveTransposes,
         Fuse,
         MergeDuplicates,
         RemoveDead,
@@ -36,7 +38,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
 _PLAIN: Final = (
     "inline-functions, freeze-parameters, lift-constants, fold-constants, inline-if, "
     "lift-constants, remove-dead, merge-duplicates, canonicalize, fold-constants, inline-if, "
-    "lift-constants, remove-dead, merge-duplicates, canonicalize"
+    "lift-constants, remove-dead, merge-duplicates, canonicalize, move-transposes, canonicalize"
 )
 _CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead"
 _FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates, remove-dead"
