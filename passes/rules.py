@@ -25,7 +25,16 @@ from graphopt.passes.canonicalize import (
     repeats,
     types,
 )
-from graphopt.passes.fusion import activation, convolution, matrix, normalization, transposed
+from graphopt.passes.fusion import (
+    activation,
+    affine,
+    attention,
+    convolution,
+    matrix,
+    normalization,
+    rms,
+    transposed,
+)
 from graphopt.rewrite import apply_rules
 from graphopt.rules import RULES, Rule
 
@@ -34,7 +43,16 @@ _log = logging.getLogger(__name__)
 # Importing a module registers its rules; they are tried in this order.
 FAMILIES: Final = {
     "canonicalize": (no_ops, types, repeats, arithmetic, logic, movement, batches, parts),
-    "fusion": (normalization, activation, convolution, transposed, matrix),
+    "fusion": (
+        normalization,
+        rms,
+        attention,
+        activation,
+        convolution,
+        transposed,
+        matrix,
+        affine,
+    ),
 }
 ENTRY_POINTS: Final = "graphopt.rules"
 

@@ -281,7 +281,10 @@ class _Drawing:
         formal = schema.inputs[min(slot, len(schema.inputs) - 1)]
         kinds = (self.choice.storage, "int64", "bool")
         allowed = {"float32": "tensor(float)", "float64": "tensor(double)"}
-        kind = next(k for k in kinds if allowed.get(k, f"tensor({k})") in formal.types)
+        taken = [k for k in kinds if allowed.get(k, f"tensor({k})") in formal.types]
+        if not taken:
+            raise Unbuildable(f"{schema.name} takes no {self.choice.storage}")
+        kind = taken[0]
         integers = [self.sample.get(v.name) for v in self.rule.variables.values()]
         if kind == self.choice.storage and all(_is_integer(v) for v in integers):
             kind = "int64"

@@ -65,7 +65,7 @@ def ways(rule: Rule) -> list[tuple[int, Options]]:
 
 def opsets(rule: Rule) -> list[int]:
     """The versions at which an operator of the pattern or of the replacement changes."""
-    newest = min(rule.max_opset or NEWEST, max(NEWEST, rule.min_opset))
+    newest = min(rule.max_opset or 99, max(NEWEST, rule.min_opset + 1))
     oldest = max(OLDEST, rule.min_opset)
     ops = {node.op for node in rule.nodes} | _emitted(rule, newest)
     changes = {

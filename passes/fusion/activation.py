@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from graphopt.passes.canonicalize.arithmetic import adds_no_axes
 from graphopt.passes.guards import from_front, whole
-from graphopt.rules import Ops, Rewrite, Var, require, rule
+from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
 
 _SIXTH = 1 / 6
 NO_DOUBLES = "runtimes have no HardSigmoid of doubles"
@@ -86,6 +87,29 @@ def fuse_gated_hard_swish(op: Ops, x: Var) -> Rewrite:
     require(abs(gate.attr("alpha") - _SIXTH) <= _EPSILON * _SIXTH, "alpha is not 1/6")
     require(abs(gate.attr("beta") - 0.5) <= _EPSILON / 2, "beta is not 1/2")
     return op.HardSwish(x)
+
+
+@rule("fuse-mish", min_opset=18, sample={"x": (2, 3, 4)})
+def fuse_mish(op: Ops, x: Var) -> Rewrite:
+    """x * tanh(Softplus(x)) => Mish(x)."""
+    yield op.Mul(x, op.Tanh(op.Softplus(x)))  # ----------------- before => after
+    return op.Mish(x)
+
+
+@rule(
+    "fuse-leaky-relu",
+    min_opset=8,
+    sample=[{"x": (2, 3, 4), "a": 0.1}, {"a": [[1.0]]}],
+    refuses=[{"a": 1.5}, {"a": -0.5}, {"a": [0.1, 0.2, 0.3, 0.4]}, {"a": [[[[0.1]]]]}],
+)
+def fuse_leaky_relu(op: Ops, x: Var, a: Const) -> Rewrite:
+    """max(x, a*x) => LeakyRelu(x, a), 0 < a <= 1."""
+    yield op.Max(x, op.Mul(x, a))  # ---------------------------- before => after
+    slope = a.scalar()
+    require(0 < slope <= 1, "the slope is not between zero and one")
+    require(x.dtype in (np.float16, np.float32), "attributes hold single precision")
+    require(adds_no_axes(a, x), "the slope adds axes, or may")
+    return op.LeakyRelu(x, alpha=slope)
 
 
 @rule(
