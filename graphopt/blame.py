@@ -16,7 +16,7 @@ import re
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -152,9 +152,13 @@ class Blame:
         data: str | None = None,
         custom_ops: Sequence[Path] = (),
         seed: int = 0,
+        shapes: Mapping[str, Sequence[int]] | None = None,
         tell: Callable[[str], None] = lambda what: None,
     ) -> None:
-        """`load` reads the original, on which `steps` run; `place` is where reproducers go."""
+        """`steps` run on what `load` gives; `place` is where reproducers go.
+
+        That is the original, or what was asked to be made of it; `shapes` fixes its inputs.
+        """
         self.faults: list[Fault] = []
         self.denied: set[Denial] = set()
         self._original = original
@@ -164,6 +168,7 @@ class Blame:
         self._data = data
         self._custom_ops = list(custom_ops)
         self._seed = seed
+        self._shapes = shapes
         self._tell = tell
         self._proved = 0  # so many first changes are known to pass
 
@@ -178,6 +183,7 @@ class Blame:
                     data=self._data,
                     custom_ops=self._custom_ops,
                     seed=self._seed,
+                    shapes=self._shapes,
                 ) as trial:
                     return self._rescue(model, list(runs), trial)
             except GraphoptError as error:  # the verdict stands, only its cause stays unknown

@@ -42,6 +42,7 @@ class Editor:
         self.model = model
         self.changes: list[Change] = []
         self.rejections: list[tuple[str, str, str]] = []  # rule, node, reason
+        self.narrowed: frozenset[str] = frozenset()  # inputs that take fewer shapes than before
         self._denied = frozenset(denied)
         self._fuel = fuel
         self._settled = 0  # length of the journal when nodes were last put in order
@@ -322,6 +323,19 @@ class Editor:
 
         self.model.proto, self.model.graph = other.proto, other.graph
         self._types = self._names = None
+        self._journal.append(undo)
+
+    def narrow(self, inputs: Collection[str]) -> None:
+        """Note that these inputs were given more specific types, as the user asked.
+
+        Without it that is a broken interface (`graphopt.verify`).
+        """
+        before = self.narrowed
+        self.narrowed |= frozenset(inputs)
+
+        def undo() -> None:
+            self.narrowed = before
+
         self._journal.append(undo)
 
     def _remove_value(self, graph: Graph, value: Value) -> None:

@@ -79,10 +79,10 @@ def run_pipeline(
     with collector.paused():
         if not verify_each:
             runs = _run_all(passes, edit, tell)
-            if not verify.problems(model, interface):
+            if not verify.problems(model, interface, edit.narrowed):
                 return runs
             edit.undo_to((0, 0))  # some pass broke the model: once more, and each looked at
-        return _run_all(passes, edit, tell, _Guard(model, interface))
+        return _run_all(passes, edit, tell, _Guard(edit, interface))
 
 
 def _run_all(
@@ -109,15 +109,16 @@ def _run_all(
 class _Guard:
     """Finds what a pass broke: what was wrong with the model before is not its fault."""
 
-    def __init__(self, model: Model, interface: Interface) -> None:
-        self._model = model
+    def __init__(self, edit: Editor, interface: Interface) -> None:
+        self._edit = edit
+        self._model = edit.model
         self._interface = interface
-        self._known = frozenset(verify.problems(model, interface))
-        self._fingerprint = fingerprint(model)
+        self._known = frozenset(verify.problems(self._model, interface))
+        self._fingerprint = fingerprint(self._model)
 
     def problem(self) -> str:
         """The first new problem, "" if there is none."""
-        found = verify.problems(self._model, self._interface)
+        found = verify.problems(self._model, self._interface, self._edit.narrowed)
         return next((problem for problem in found if problem not in self._known), "")
 
     def accept(self) -> None:

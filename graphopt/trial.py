@@ -19,6 +19,7 @@ from graphopt import oracle, proposals, ties
 from graphopt.data import given_feeds
 from graphopt.divergence import Divergence, Pair, Run, run, write_exposed
 from graphopt.errors import RuntimeFailure
+from graphopt.fixed import FixedSession, Shapes
 from graphopt.ir import Model
 from graphopt.judge import TOLERANCES, Norms, OutputState, judge
 from graphopt.runtime import Level, Session
@@ -56,11 +57,13 @@ class Trial:
         data: str | None = None,
         custom_ops: Sequence[Path] = (),
         seed: int = 0,
+        shapes: Shapes | None = None,
     ) -> None:
         """`folder` takes temporary files. Raises what loading and feeding the original raises."""
         self._model = Model.load(original)
         self._folder = folder
         self._custom_ops = custom_ops
+        self._shapes = shapes or {}
         self._tolerance = TOLERANCES[oracle.narrowest_float(self._model)]
         self._stack = ExitStack()
         path = self._written(self._model, "original")
@@ -184,7 +187,7 @@ class Trial:
         return write_exposed(model, self._folder / f"{name}.onnx")
 
     def _session(self, path: Path, way: Level) -> Session:
-        return Session(path, optimizations=way, custom_ops=self._custom_ops)
+        return FixedSession(path, self._shapes, optimizations=way, custom_ops=self._custom_ops)
 
     def _run(self, session: Session, indices: Sequence[int]) -> list[Run]:
         return [run(session, self._feeds[at], list(self._outputs)) for at in indices]

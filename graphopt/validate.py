@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from graphopt import exporter, oracle, output, proposals, ties
+from graphopt import exporter, fixed, oracle, output, proposals, ties
 from graphopt.data import given_feeds
 from graphopt.errors import DataError, RuntimeFailure, UnprovenError
+from graphopt.fixed import FixedSession, Shapes
 from graphopt.ir import Model
 from graphopt.judge import TOLERANCES, Judgement, OutputState, flatten, judge, noise_of
 from graphopt.report import FeedRecord, OutputRecord, ValidationRecord, Verdict
@@ -46,16 +47,19 @@ def validate_files(
     data: str | None = None,
     custom_ops: Sequence[Path] = (),
     seed: int = 0,
+    shapes: Shapes | None = None,
     progress: Progress | None = None,
 ) -> ValidationRecord:
     """Compare two model files.
 
     `data` names the feeds (see `graphopt.data`); without it they are proposed, and accepted only
-    if the original runs on them. Raises UsageError for files and data that cannot be used; what
-    the comparison finds, inability included, is the record's verdict.
+    if the original runs on them. `shapes` fixes shapes of inputs by name, for a candidate that
+    takes no others; a size below 1 is as the original has it. Raises UsageError for files and data
+    that cannot be used; what the comparison finds, inability included, is the record's verdict.
     """
     started = time.perf_counter()
-    comparison = _Comparison(original, candidate, data, custom_ops, seed, progress)
+    held = shapes or {}
+    comparison = _Comparison(original, candidate, data, custom_ops, seed, held, progress)
     try:
         record = comparison.run()
     except UnprovenError as error:
@@ -70,6 +74,7 @@ class _Comparison:
     data: str | None
     custom_ops: Sequence[Path]
     seed: int
+    shapes: Shapes
     progress: Progress | None
     feeds: list[dict[str, Any]] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -79,6 +84,7 @@ class _Comparison:
         model = Model.load(self.original)
         if reason := oracle.obstacle(model, bool(self.custom_ops)):
             raise UnprovenError(reason)
+        self.notes += filter(None, [fixed.note(self.shapes)])
         with ExitStack() as stack:
             original = self._readable(model, stack)
             candidate = self._readable(Model.load(self.candidate), stack)
@@ -133,7 +139,7 @@ class _Comparison:
 
     def _session(self, path: Path, level: Level, what: str) -> Session:
         try:
-            return Session(path, optimizations=level, custom_ops=self.custom_ops)
+            return FixedSession(path, self.shapes, optimizations=level, custom_ops=self.custom_ops)
         except RuntimeFailure as failure:
             if what != "the original":
                 raise

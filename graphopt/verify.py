@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -42,8 +42,11 @@ class Interface:
             tuple((info.name, _type_bytes(info)) for info in model.proto.graph.output),
         )
 
-    def problems(self, model: Model) -> Iterator[str]:
-        """How the model's interface differs; inputs with a default may be gone."""
+    def problems(self, model: Model, narrowed: Collection[str] = ()) -> Iterator[str]:
+        """How the model's interface differs; inputs with a default may be gone.
+
+        The `narrowed` inputs may have become more specific, and outputs of another shape for it.
+        """
         found = Interface.of(model)
         left = {name for name, _, _ in found.inputs}
         expected = [(n, t) for n, t, has_default in self.inputs if not has_default or n in left]
@@ -57,21 +60,26 @@ class Interface:
                 yield f"the {what} of the model changed: {listed[0]} became {listed[1]}"
                 continue
             for (name, old), (_, new) in zip(before, after, strict=True):
-                if old != new:
+                if old == new or (what == "inputs" and name in narrowed and _is_narrower(new, old)):
+                    continue
+                if not (what == "outputs" and narrowed and _element(new) == _element(old)):
                     yield f"the declared type of {name!r}, one of the {what}, changed"
         stated = [value.name for value in model.graph.outputs]
         if stated != [name for name, _ in found.outputs]:
             yield f"the graph computes {', '.join(stated)}, which are not the model's outputs"
 
 
-def problems(model: Model, interface: Interface | None = None) -> list[str]:
+def problems(
+    model: Model, interface: Interface | None = None, narrowed: Collection[str] = ()
+) -> list[str]:
     """Everything that is wrong with the model, [] where it is sound; linear in nodes and edges.
 
     Checked are: one producer for every value and the same edges from both ends; every name
     visible where it is read, and computed, fed or constant; an order without cycles; no output of
     a body that belongs to a graph around it; operators that exist at the model's opset, with as
     many inputs and outputs as they take and attributes that they know; data as long as a
-    constant's type and shape need; and, against `interface`, what callers rely on.
+    constant's type and shape need; and, against `interface`, what callers rely on, but for the
+    shapes that inputs were `narrowed` to on purpose.
     """
     checker = _Checker(model)
     found = []
@@ -80,7 +88,7 @@ def problems(model: Model, interface: Interface | None = None) -> list[str]:
         if len(found) >= _MOST_PROBLEMS:
             return found
     if interface is not None:
-        found += interface.problems(model)
+        found += interface.problems(model, narrowed)
     return found
 
 
@@ -303,6 +311,24 @@ def _lookup(graph: Graph, name: str) -> Value | None:
 
 def _where(graph: Graph) -> str:
     return f"a body of {graph.owner.label}" if graph.owner is not None else "the graph"
+
+
+def _is_narrower(new: bytes, old: bytes) -> bool:
+    """True where the type takes nothing that the old one did not take."""
+    a, b = (onnx.TypeProto.FromString(kind).tensor_type for kind in (new, old))
+    if not a.elem_type or a.elem_type != b.elem_type:
+        return False
+    if not b.HasField("shape"):
+        return True
+    return len(a.shape.dim) == len(b.shape.dim) and all(
+        dim == other or (dim.dim_value > 0 and other.dim_value <= 0)
+        for dim, other in zip(a.shape.dim, b.shape.dim, strict=True)
+    )
+
+
+def _element(kind: bytes) -> int:
+    """The element type of a tensor, 0 for what is none."""
+    return onnx.TypeProto.FromString(kind).tensor_type.elem_type
 
 
 def _type_bytes(info: onnx.ValueInfoProto) -> bytes:
