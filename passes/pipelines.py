@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Final
 
 from graphopt.errors import UsageError
 from graphopt.manager import Pass, parse_pipeline
+from graphopt.passes.canonicalize.convert_opset import ConvertOpset
+from graphopt.passes.canonicalize.fix_shapes import FixShapes
 from graphopt.passes.canonicalize.fold_constants import FoldConstants
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
 from graphopt.passes.canonicalize.inline_functions import InlineFunctions
@@ -20,6 +24,8 @@ from graphopt.passes.rules import Canonicalize, Fuse
 PASSES: Final[dict[str, type[Pass]]] = {
     kind.name: kind
     for kind in (
+        FixShapes,
+        ConvertOpset,
         InlineFunctions,
         FreezeParameters,
         LiftConstants,
@@ -45,13 +51,40 @@ _FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates,
 LEVELS: Final[dict[int, str]] = {0: "", 1: _CLEANUP, 2: _FUSE, 3: _FUSE}
 
 
-def pipeline(level: int, passes: str | None, *, keep_overridable: bool = False) -> list[Pass]:
-    """The passes of a level, or those that the text names instead. Raises UsageError."""
+def pipeline(
+    level: int,
+    passes: str | None,
+    *,
+    keep_overridable: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    opset: int | None = None,
+) -> list[Pass]:
+    """The passes of a level, or those that the text names instead. Raises UsageError.
+
+    Fixing `shapes` of inputs and converting to an `opset` comes first, so that the rest sees both.
+    """
+    first: list[Pass] = [FixShapes.of(shapes)] if shapes else []
+    if opset is not None:
+        first.append(ConvertOpset(opset))
     if passes is not None:
-        return parse_pipeline(passes, PASSES)
+        return [*first, *parse_pipeline(passes, PASSES)]
     if level not in LEVELS:
         raise UsageError(f"level {level}: there are levels 0 to {max(LEVELS)}")
     chosen = parse_pipeline(LEVELS[level], PASSES)
     if keep_overridable:
         chosen = [step for step in chosen if not isinstance(step, FreezeParameters)]
-    return chosen
+    return [*first, *chosen]
+
+
+def requested(steps: Sequence[Pass]) -> list[Pass]:
+    """The passes at the start that do what a user asked for by name, not what is found to help."""
+    return list(takewhile(lambda step: isinstance(step, FixShapes | ConvertOpset), steps))
+
+
+def fixed_shapes(steps: Sequence[Pass]) -> dict[str, tuple[int, ...]]:
+    """Shapes by input that the passes fix; -1 where they leave a size open. Raises UsageError."""
+    found: dict[str, tuple[int, ...]] = {}
+    for step in steps:
+        if isinstance(step, FixShapes):
+            found |= step.by_input
+    return found
