@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 import onnx
 
@@ -19,16 +17,12 @@ from graphopt.fingerprint import fingerprint
 from graphopt.ir import Model
 from graphopt.manager import Pass, PassRun, run_pipeline
 from graphopt.output import ExternalPolicy, Target, output_errors
-from graphopt.passes.pipelines import pipeline
+from graphopt.passes.pipelines import fixed_shapes, pipeline, requested
+from graphopt.prover import Candidate, Progress, Prover, staging
 from graphopt.report import Report, ValidationRecord
 
 if TYPE_CHECKING:
-    from graphopt.blame import Blame, Fault
-
-_MOST_RESCUES: Final = 4  # a further fault may show only on feeds that the last did not fail on
-
-Progress = Callable[[str, float | None], None]
-"""Told what is going on and the share of it that is done (None: unknown)."""
+    from graphopt.blame import Fault
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,8 @@ def optimize(
     level: int = 2,
     passes: str | None = None,
     target: Literal["portable", "ort-cpu"] = "portable",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    opset: int | None = None,
     validate: bool = True,
     unproven: bool = False,
     data: str | None = None,
@@ -73,77 +69,130 @@ def optimize(
     what runs, `data` feeds the proof (see `graphopt.data`), `custom_ops` are libraries for
     operators of foreign domains. `verify_each` verifies the graph after every pass.
 
+    `shapes` fixes sizes of inputs by name, -1 leaving one as it is; the proof then holds for these
+    shapes. `opset` is the version of the standard operators that the result is to use.
+
     Where the result differs, the change at fault is found, denied and reported as a warning, with
     a reproducer beside the output (in a temporary folder without one), and the rest is proved.
 
-    Raises UsageError (bad file, level, pass, data), ValidationError where the result differs all
-    the same, and UnprovenError where nothing shows that it does not, unless `unproven` is set. The
-    two last carry the report as `error.report`.
+    Raises UsageError (bad file, level, pass, data, shape, opset), ValidationError where the result
+    differs all the same, and UnprovenError where nothing shows that it does not, unless `unproven`
+    is set. The two last carry the report as `error.report`.
     """
-    started = time.perf_counter()
     if target not in ("portable", "ort-cpu"):
         raise UsageError(f"target {target!r}: there are 'portable' and 'ort-cpu'")
-    steps = pipeline(level, passes, keep_overridable=keep_overridable)
-    path = Path(source) if isinstance(source, str) else source
+    steps = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
     tell: Progress = progress or (lambda what, share: None)
-    with _staging(Path(output) if output is not None else None) as (place, staged):
-        tell("reading", None)
-        model = Model.load(path)
-        before = records.stats(model)
+    job = _Job(Path(source) if isinstance(source, str) else source, level, steps, tell, verify_each)
+    prover = None
+    if validate:
+        held = fixed_shapes(steps)
+        prover = Prover(job.source, job.load, job.requested, held, data, custom_ops, seed, job.tell)
+    with staging(Path(output) if output is not None else None) as (place, staged):
+        return job.run(place, staged, external, prover, accept_unproven=unproven)
+
+
+@dataclass
+class _Job:
+    """One model on its way through the passes; `requested` are those that must not fail."""
+
+    source: Path | onnx.ModelProto
+    level: int
+    steps: Sequence[Pass]
+    tell: Progress
+    verify_each: bool | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.requested = requested(self.steps)
+        self.others = self.steps[len(self.requested) :]
+
+    def load(self) -> Model:
+        """The source, with what was requested of it."""
+        model = Model.load(self.source)
+        self._prepare(model)
+        return model
+
+    def _prepare(self, model: Model) -> list[PassRun]:
+        """Do what the user asked for by name. Raises UsageError where that fails."""
+        runs = self._run(model, self.requested) if self.requested else []
+        for run in runs:
+            if run.error:
+                raise UsageError(f"{run.text} failed: {run.error}")
+        return runs
+
+    def _run(self, model: Model, steps: Sequence[Pass]) -> list[PassRun]:
+        tell = self.tell
+        return run_pipeline(
+            model, steps, lambda name: tell(name, None), verify_each=self.verify_each
+        )
+
+    def run(
+        self,
+        place: Target | None,
+        staged: Path,
+        external: ExternalPolicy,
+        prover: Prover | None,
+        *,
+        accept_unproven: bool,
+    ) -> Result:
+        """Rewrite the model, prove it, and put it in its place. Raises RefusedError."""
+        self.tell("reading", None)
+        model = Model.load(self.source)
+        before = records.stats(model), model.opsets
         if place is not None:
-            _spare_weights(model, path, place.path)
-        read = _source_info(path, model)  # now: it may be about to be replaced
-        runs = run_pipeline(model, steps, lambda name: tell(name, None), verify_each=verify_each)
-        candidate = _Candidate(model, runs, staged, place.path if place else staged, external)
+            _spare_weights(model, self.source, place.path)
+        read = _source_info(self.source, model)  # now: it may be about to be replaced
+        prepared = self._prepare(model)
+        candidate = Candidate(model, self._run(model, self.others), staged, place, external)
         proof = ValidationRecord(verdict="skipped", reason="validation was switched off")
         faults: list[Fault] = []
-        if validate:
-            prover = _Prover(path, data, custom_ops, seed, tell)
-            proof, faults = prover.prove(candidate, steps, place)
+        if prover is not None:
+            proof, faults = prover.prove(candidate, self.others)
         elif place is not None:
-            candidate.write(tell)
-        accepted = proof.verdict in ("proved", "skipped") or (
-            proof.verdict == "unproven" and unproven
-        )
+            candidate.write(self.tell)
+        accepted = ("proved", "skipped", *(["unproven"] if accept_unproven else []))
         written = None
-        if place is not None and accepted:
+        if place is not None and proof.verdict in accepted:
             written = records.file_info(place.path, place.commit(candidate.files))
-        report = Report(
+        candidate.runs[:0] = prepared
+        report = self._report(candidate, read, written, before, proof, faults)
+        if proof.verdict not in accepted:
+            raise _refusal(report)
+        return Result(candidate.model, report)
+
+    def _report(
+        self,
+        candidate: Candidate,
+        read: records.FileInfo,
+        written: records.FileInfo | None,
+        before: tuple[records.GraphStats, dict[str, int]],
+        proof: ValidationRecord,
+        faults: Sequence[Fault],
+    ) -> Report:
+        return Report(
             graphopt=records.version(),
             host=records.host(),
             source=read,
             target=written,
-            level=level,
+            level=self.level,
             pipeline=", ".join(run.text for run in candidate.runs),
             opsets=candidate.model.opsets,
-            before=before,
+            opsets_before=before[1],
+            before=before[0],
             after=records.stats(candidate.model),
             passes=[records.pass_record(run) for run in candidate.runs],
             validation=proof,
             blame=[records.blame_record(fault) for fault in faults],
             fingerprint=fingerprint(candidate.model),
             warnings=_warnings(candidate.runs, faults),
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - self.started,
         )
-    if not accepted:
-        raise _refusal(report)
-    return Result(candidate.model, report)
 
 
 def _warnings(runs: Sequence[PassRun], faults: Sequence[Fault]) -> list[str]:
     failed = [f"pass {r.text} failed and was undone: {r.error}" for r in runs if r.error]
     return [*failed, *(fault.message for fault in faults)]
-
-
-@contextlib.contextmanager
-def _staging(output: Path | None) -> Iterator[tuple[Target | None, Path]]:
-    """Where the candidate lies while it is examined: beside its target, else in a temp folder."""
-    if output is not None:
-        with Target(output) as target:
-            yield target, target.staged
-    else:
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            yield None, Path(folder) / "candidate.onnx"
 
 
 def _spare_weights(model: Model, source: Path | onnx.ModelProto, target: Path) -> None:
@@ -155,97 +204,6 @@ def _spare_weights(model: Model, source: Path | onnx.ModelProto, target: Path) -
             f"{target}: cannot be written: its weights would replace {beside.name}, which "
             f"{model.label} reads; choose another name"
         )
-
-
-@dataclass
-class _Candidate:
-    """What may become the result, as it lies in memory and on disk."""
-
-    model: Model
-    runs: list[PassRun]
-    staged: Path
-    shown: Path  # what messages call it: the target, not where it waits
-    external: ExternalPolicy
-    files: list[Path] = field(default_factory=list)
-
-    def write(self, tell: Progress) -> None:
-        tell("writing", None)
-        with output_errors(self.shown):
-            self.files = exporter.save(self.model, self.staged, self.external)
-
-
-@dataclass(frozen=True)
-class _Prover:
-    """Compares candidates with the source, and takes out of them what breaks them."""
-
-    source: Path | onnx.ModelProto
-    data: str | None
-    custom_ops: Sequence[str | Path]
-    seed: int
-    tell: Progress
-
-    def prove(
-        self, candidate: _Candidate, steps: Sequence[Pass], place: Target | None
-    ) -> tuple[ValidationRecord, list[Fault]]:
-        """The verdict on the candidate, which has lost the faults that were found."""
-        with contextlib.ExitStack() as stack:
-            original = self._file(stack)
-            candidate.write(self.tell)
-            proof = self._compare(original, candidate.staged)
-            if proof.verdict != "failed" or not any(run.changes for run in candidate.runs):
-                return proof, []
-            blame = self._blame(original, steps, place)
-            for _ in range(_MOST_RESCUES):
-                rescued = blame.rescue(candidate.model, candidate.runs)
-                if rescued is None:
-                    break
-                candidate.model, candidate.runs = rescued
-                candidate.write(self.tell)
-                proof = self._compare(original, candidate.staged)
-                if proof.verdict != "failed":
-                    break
-            return proof, blame.faults
-
-    def _file(self, stack: contextlib.ExitStack) -> Path:
-        if isinstance(self.source, Path):
-            return self.source
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-"))
-        original = Path(folder) / "original.onnx"
-        exporter.save(Model.load(self.source), original)
-        return original
-
-    def _compare(self, original: Path, candidate: Path) -> ValidationRecord:
-        from graphopt.validate import validate_files
-
-        return validate_files(
-            original,
-            candidate,
-            data=self.data,
-            custom_ops=[Path(library) for library in self.custom_ops],
-            seed=self.seed,
-            progress=self.tell,
-        )
-
-    def _blame(self, original: Path, steps: Sequence[Pass], place: Target | None) -> Blame:
-        from graphopt.blame import Blame
-
-        return Blame(
-            original,
-            lambda: Model.load(self.source),
-            steps,
-            lambda: _blame_folder(place),
-            data=self.data,
-            custom_ops=[Path(library) for library in self.custom_ops],
-            seed=self.seed,
-            tell=lambda what: self.tell(what, None),
-        )
-
-
-def _blame_folder(place: Target | None) -> Path:
-    """Where reproducers go: beside the output, else into a temporary folder that stays."""
-    if place is None:
-        return Path(tempfile.mkdtemp(prefix="graphopt-blame-"))
-    return place.path.with_name(f"{place.path.name}.blame")
 
 
 def _source_info(source: Path | onnx.ModelProto, model: Model) -> records.FileInfo:

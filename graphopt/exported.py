@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, get_args
 
-from graphopt.api import Progress, Result, optimize
+from graphopt.api import Result, optimize
 from graphopt.errors import OutputError, RefusedError, UsageError
 from graphopt.ir import Model
 from graphopt.output import ExternalPolicy
 from graphopt.passes.pipelines import pipeline
+from graphopt.prover import Progress
 from graphopt.report import Report
 
 OnError = Literal["keep", "raise"]
@@ -25,6 +26,8 @@ class Options(TypedDict, total=False):
     level: int
     passes: str | None
     target: Literal["portable", "ort-cpu"]
+    shapes: Mapping[str, Sequence[int]] | None
+    opset: int | None
     validate: bool
     unproven: bool
     data: str | None

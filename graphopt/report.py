@@ -178,7 +178,8 @@ class Report(Record):
     target: FileInfo | None = Field(description="None where nothing was written")
     level: int
     pipeline: str
-    opsets: dict[str, int]
+    opsets: dict[str, int] = Field(description="of the result, by domain")
+    opsets_before: dict[str, int] = Field(default={}, description="of the source")
     before: GraphStats
     after: GraphStats
     passes: list[PassRecord]

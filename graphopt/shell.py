@@ -11,12 +11,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt.report import Record
 
 P = ParamSpec("P")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -110,6 +116,43 @@ def printing() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         mute_stdout()
+
+
+def show(draw: Callable[[Console], None]) -> None:
+    """Draw on a console on stdout."""
+    from graphopt.render.text import stdout
+
+    with printing():
+        draw(stdout())
+
+
+def print_json(record: Record) -> None:
+    """Print the record as JSON, and nothing else."""
+    with printing():
+        typer.echo(record.model_dump_json(indent=2))
+
+
+@contextlib.contextmanager
+def report_writer(path: Path | None, *models: Path) -> Iterator[Callable[[Record], Any]]:
+    """A function that writes a record to `path` as JSON; that it can be written is checked now.
+
+    Raises UsageError where that is one of the `models` of the command, and OutputError.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    from graphopt.output import Target, output_errors
+
+    if any(path.resolve() == model.resolve() for model in models):
+        raise UsageError(f"--report {path}: that is a model of this command")
+    with Target(path) as place:
+
+        def save(record: Record) -> None:
+            with output_errors(path):
+                place.staged.write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
+            place.commit([place.staged])
+
+        yield save
 
 
 def mute_stdout() -> None:

@@ -561,3 +561,46 @@ def test_the_weights_of_the_input_are_never_replaced_by_those_of_the_output(
         graphopt.optimize(source, target, external="always")
     assert (tmp_path / "out.onnx.data").read_bytes() == before
     assert not target.exists()
+
+
+# ------------------------------------------------------------------------------- shapes and opsets
+
+
+def test_shapes_and_opset_are_done_first_and_reported(source: Path, place: Path) -> None:
+    result = optimize(source, place / "out.onnx", shapes={"x": [3, -1]}, opset=20)
+    report = result.report
+    wanted = ["fix-shapes{shapes=x:3x-1}", "convert-opset{opset=20}", *steps()]
+    assert [one.text for one in report.passes] == wanted
+    assert report.pipeline == ", ".join(wanted)
+    assert (report.opsets_before[""], report.opsets[""]) == (17, 20)
+    assert report.passes[0].changes[0].before == "x: float[N,16]"
+    assert report.passes[0].changes[0].after == "x: float[3,16]"
+    assert report.validation.verdict == "proved"
+
+
+def test_a_fault_is_denied_and_what_was_requested_stays(place: Path, wrong_passes: None) -> None:
+    proto = model(
+        [node("Sub", ["x", "z"], ["y"])],
+        [value("x", ("N", 4)), value("z", (4,))],
+        [value("y", ("N", 4))],
+    )
+    report = optimize(
+        proto, place / "out.onnx", passes="swap-operands", shapes={"x": [2, 4]}, opset=20
+    ).report
+    assert [fault.rule for fault in report.blame] == ["swap-operands"]
+    assert report.validation.notes == ["compared at x:2x4"]
+    written = onnx.load(place / "out.onnx")
+    assert written.opset_import[0].version == 20
+    assert list(written.graph.node[0].input) == ["x", "z"]
+    assert written.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    before = onnx.load(Path(report.blame[0].reproducer) / "before.onnx")
+    assert before.opset_import[0].version == 20  # it reproduces without what was requested
+
+
+def test_what_was_requested_must_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("half way through")
+
+    monkeypatch.setattr("graphopt.passes.canonicalize.convert_opset.ConvertOpset.run", fail)
+    with pytest.raises(UsageError, match=r"convert-opset.*failed: RuntimeError: half way through"):
+        optimize(untidy(), opset=20)

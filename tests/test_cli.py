@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,37 @@ def test_bench_adds_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert report.bench.models[1].ratio == 2.0
 
 
+def test_shapes_and_opset_reach_the_result(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    result = invoke("optimize", model, out, "--shape", "x:3,-1", "--opset", 20)
+    assert result.exit_code == 0, result.stderr
+    assert "level 2, opset 17 -> 20" in result.stdout
+    assert "compared at x:3x?" in result.stdout
+    made = onnx.load(out)
+    assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [3, 64]
+    assert [dim.dim_value for dim in made.graph.output[0].type.tensor_type.shape.dim] == [3, 8]
+    assert made.opset_import[0].version == 20
+    assert invoke("validate", model, out).exit_code == 1
+    assert invoke("validate", model, out, "--shape", "x:3,64").exit_code == 0
+
+
+def test_the_screen_says_what_matters(model: Path, tmp_path: Path) -> None:
+    proto = onnx.load(model)
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["one"], value_float=1.0))
+    proto.graph.node[1].CopyFrom(onnx.helper.make_node("Mul", ["x", "one"], ["a"]))
+    onnx.save(proto, model)
+    text = invoke("optimize", model, tmp_path / "out.onnx").stdout
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "nodes 4 2 -50.0 %" in lines
+    assert "that compute 3 2 -33.3 %" in lines  # a constant takes no time
+    assert re.search(r"error +0 against a noise floor of 0: 0 % of what is allowed", text)
+    assert "seconds" not in text  # passes are for those who ask
+    told = invoke("optimize", model, tmp_path / "out.onnx", "--verbose").stdout
+    assert re.search(r"^remove-dead +\d\.\d{3}", told, re.MULTILINE)
+    assert re.search(r"^lift-constants +\d\.\d{3} +1 *$", told, re.MULTILINE)
+    assert re.search(r"^all +\d\.\d{3}", told, re.MULTILINE)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -199,6 +231,19 @@ def test_user_mistakes_are_one_line_and_exit_2(model: Path, tmp_path: Path) -> N
     assert_one_line(invoke("inspect", model, "--shape", "x"), 2, "NAME:1,3,224,224")
     assert_one_line(invoke("inspect", model, "--shape", "x:1,b"), 2, "NAME:1,3,224,224")
     assert_one_line(invoke("inspect", model, "--shape", "z:1,64"), 2, "no such input")
+    assert_one_line(invoke("inspect", model, "--shape", "x:-1,64"), 2, "NAME:1,3,224,224")
+    for shape, said in (
+        ("x", "write NAME:1,3,-1,-1"),
+        ("x:1,-2", "write NAME:1,3,-1,-1"),
+        ("x:0,64", "sizes are positive"),
+        ("x:1,65", "axis 1 is 64 in the model, not 65"),
+        ("x:1", "1 has 1 sizes, the input is float[n,64]"),
+        ("z:1,64", "shape of 'z': there is no such input; there are 'x'"),
+    ):
+        assert_one_line(invoke(*optimize, "--shape", shape), 2, said)
+    twice = invoke(*optimize, "--shape", "x:1,64", "--shape", "x:2,64")
+    assert_one_line(twice, 2, "'x' is given twice")
+    assert_one_line(invoke(*optimize, "--opset", 99), 2, "opset 99: onnx", "knows 1 to")
     assert not out.exists()
     assert sorted(tmp_path.iterdir()) == [model, text]
 

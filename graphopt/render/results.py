@@ -15,18 +15,23 @@ from graphopt.render.listings import speed_line
 from graphopt.report import Report, ValidationRecord
 
 _ROWS = 8  # of every list: the whole account is in the report
+_CONSTANT = "Constant"
 _STYLES = {"proved": "bold green", "failed": "bold red", "unproven": "bold yellow"}
 
 
-def show_report(report: Report, console: Console) -> None:
-    """One screen: sizes, what fired, where the time went, the proof, what was written."""
+def show_report(report: Report, console: Console, *, every_pass: bool = False) -> None:
+    """One screen: sizes, what fired, where the time went, the proof, what was written.
+
+    With `every_pass`, below it what each run of each pass did.
+    """
     goal = Path(report.target.path).name if report.target else "nothing written"
     title = Text(f"{text.clean(Path(report.source.path).name)} -> {text.clean(goal)}", style="bold")
-    console.print(title.append(f"   level {report.level}", style="dim"), soft_wrap=True)
+    console.print(title.append(f"   {_settings(report)}", style="dim"), soft_wrap=True)
     console.print(text.indented(_sizes(report)))
-    lists = [table for table in (_removed(report), _rules(report), _passes(report)) if table]
     console.print()
-    text.show_beside(lists, console)
+    text.show_beside([table for table in (_removed(report), _rules(report)) if table], console)
+    if every_pass and report.passes:
+        text.show_beside([_passes(report)], console)
     lines = proof_lines(report.validation)
     lines += _warnings(report)
     if report.bench is not None:
@@ -51,10 +56,21 @@ def _warnings(report: Report) -> list[tuple[str, Text | str]]:
     return [("warning", Text(text.clean(w), style="yellow")) for w in report.warnings]
 
 
+def _settings(report: Report) -> str:
+    """The level, and the opset where it became another."""
+    old, new = report.opsets_before.get("", 0), report.opsets.get("", 0)
+    return f"level {report.level}" + (f", opset {old} -> {new}" if old and old != new else "")
+
+
 def _sizes(report: Report) -> Table:
     before, after = report.before, report.after
     rows: list[tuple[str, int, int, Callable[[float], str]]] = [
-        ("nodes", before.nodes, after.nodes, "{:,}".format),
+        ("nodes", before.nodes, after.nodes, "{:,}".format)
+    ]
+    if _CONSTANT in before.operators:  # they take no time: the rest says more
+        rest = [stats.nodes - stats.operators.get(_CONSTANT, 0) for stats in (before, after)]
+        rows.append(("that compute", rest[0], rest[1], "{:,}".format))
+    rows += [
         ("parameters", before.parameters, after.parameters, text.count),
         ("weights", before.weight_bytes, after.weight_bytes, text.size),
     ]
@@ -91,20 +107,16 @@ def _rules(report: Report) -> Table | None:
     return _and_more(table, len(fired))
 
 
-def _passes(report: Report) -> Table | None:
-    """Where the time went: each pass once, however often the pipeline runs it."""
-    if not report.passes:
-        return None
-    seconds: dict[str, float] = {}
+def _passes(report: Report) -> Table:
+    """Every run of every pass, in order: where the time went, and what came of it."""
+    table = text.table("pass", "seconds", "changes")
     for step in report.passes:
-        seconds[step.text] = seconds.get(step.text, 0.0) + step.seconds
-    runs = Counter(step.text for step in report.passes)
-    failed = {step.text for step in report.passes if step.error}
-    table = text.table("pass", "runs", "seconds")
-    for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:_ROWS]:
-        shown = Text(text.clean(name), style="red" if name in failed else "")
-        table.add_row(shown, f"{runs[name]} x", f"{spent:.3f}")
-    return _and_more(table, len(seconds))
+        name = Text(text.clean(step.text), style="red" if step.error else "")
+        changes = "undone" if step.error else f"{len(step.changes):,}" if step.changes else ""
+        table.add_row(name, f"{step.seconds:.3f}", changes)
+    total = sum(step.seconds for step in report.passes)
+    table.add_row(Text("all", style="dim"), f"{total:.3f}", "")
+    return table
 
 
 def _and_more(table: Table, rows: int) -> Table:
@@ -120,11 +132,12 @@ def proof_lines(proof: ValidationRecord) -> list[tuple[str, Text | str]]:
         line.append(f": {text.clean(proof.reason)}", style="not bold default")
     lines: list[tuple[str, Text | str]] = [("validation", line)]
     if proof.outputs:
+        used = max(output.used for output in proof.outputs)
         lines.append(
             (
                 "error",
-                f"{text.error(proof.error)} against a noise floor of {text.error(proof.noise)}"
-                f" (tolerance {text.error(proof.tolerance)})",
+                f"{text.error(proof.error)} against a noise floor of {text.error(proof.noise)}: "
+                f"{_used(used)} of what is allowed",
             )
         )
     if proof.feeds:
