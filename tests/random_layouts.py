@@ -41,7 +41,9 @@ class Layouts:
         if self.rng.random() < 0.4:
             made = [name for name in self.shapes if name not in INPUTS]
             ends = list(dict.fromkeys([*ends, self.rng.choice(made)]))
-        ports = [helper.make_tensor_value_info(n, 1, ["n", *s[1:]]) for n, s in INPUTS.items()]
+        ports = [
+            helper.make_tensor_value_info(n, 1, [f"{n}_size", *s[1:]]) for n, s in INPUTS.items()
+        ]
         outputs = [
             helper.make_tensor_value_info(n, self.elements[n], [None] * len(self.shapes[n]))
             for n in ends

@@ -349,6 +349,18 @@ def test_large_constants_are_not_stored_twice() -> None:
     cancelled(graphs.model(nodes, *ports, weights))
 
 
+def test_several_transposes_of_what_would_move() -> None:
+    """They are one after merge-duplicates; before, what they read keeps its layout."""
+    proto = graphs.parsed(
+        f"""g (float[1,3,2,4] x) => (float[1,3,2,4] y, float[1,3,2,4] z) {{
+        a = Transpose <{TO_FIRST}> (x)  b = Relu (a)
+        y = Transpose <{TO_LAST}> (b)  z = Transpose <{TO_LAST}> (b) }}"""
+    )
+    stays(proto)
+    made, _ = goldens.run(proto, "merge-duplicates, move-transposes")
+    goldens.check(proto, made, "merge-duplicates, move-transposes")
+
+
 # -- what stays ------------------------------------------------------------------------------------
 
 
@@ -440,7 +452,7 @@ def run(proto: onnx.ModelProto) -> dict[str, bytes]:
 
 
 def cost(proto: onnx.ModelProto) -> tuple[int, int, int]:
-    """Nodes, Transposes, and elements that these move."""
+    """Nodes, Transposes, and bytes that these move."""
     named = onnx.ModelProto()
     named.CopyFrom(proto)
     results = [n.output[0] for n in proto.graph.node if n.op_type == "Transpose"]
@@ -448,7 +460,7 @@ def cost(proto: onnx.ModelProto) -> tuple[int, int, int]:
     named.graph.output.extend(onnx.ValueInfoProto(name=n) for n in results if n not in there)
     with Session(named.SerializeToString(), optimizations="off", threads=1) as session:
         found = session.run(random_layouts.feed())
-    return len(proto.graph.node), len(results), sum(found[name].size for name in results)
+    return len(proto.graph.node), len(results), sum(found[name].nbytes for name in results)
 
 
 @settings(max_examples=200)

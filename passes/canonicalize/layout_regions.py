@@ -17,7 +17,7 @@ from graphopt.ir import Graph, Node, Shape, Value
 from graphopt.passes.canonicalize.layout_moves import move_of
 from graphopt.passes.canonicalize.layouts import Facts, Move, Permutation, inverse, is_still
 
-_OPEN: Final = 16  # what a size that is not known counts as, where bytes are compared
+_OPEN: Final = (16, 1, 256)  # what a size that is not known may be, most likely the first
 _NODE: Final = 1 << 14  # how many bytes a runtime moves while it starts a node
 _UNIT: Final = 1 << 20  # of costs: far more than there are operators, each of which weighs one
 
@@ -31,12 +31,13 @@ class Content:
     """One content in two layouts: what is computed, and the Transposes of it.
 
     `root` is in `layout`; `permutation` leads from there to the other, in which `copies` are.
+    `bytes` are as many as there may be open sizes.
     """
 
     root: Value
     layout: Layout
     permutation: Permutation
-    bytes: int
+    bytes: tuple[int, ...]
     copies: list[Value] = field(default_factory=list)
 
     def values(self) -> Iterator[tuple[Value, Layout, Permutation]]:
@@ -97,13 +98,19 @@ class Region:
         linked = [(node.inputs[n], p) for n, p in move.inputs.items()]
         linked += [(node.outputs[n], p) for n, p in move.outputs.items()]
         known = len(self.contents)
-        if all(value is not None and self._link(value, layout, p) for value, p in linked):
+        if all(value is not None and self._link(value, layout, p) for value, p in linked) and all(
+            self._is_single(node.outputs[n]) for n in move.outputs
+        ):
             self.members[node] = Member(layout, move)
             return
         for content in self.contents[known:]:
             for value, _, _ in content.values():
                 del self._placed[value]
         del self.contents[known:]
+
+    def _is_single(self, value: Value | None) -> bool:
+        """False for what an operator computes with several copies: it can only become one."""
+        return value is not None and len(self._placed[value].copies) <= 1
 
     def is_between(self, node: Node) -> bool:
         """True for a Transpose between the two layouts of a content."""
@@ -141,7 +148,7 @@ class Region:
     def producer(self, content: Content) -> Node | None:
         """The operator in reach that computes it; None for all that stays in its layout."""
         node = content.root.producer
-        if node is None or node not in self.members or len(content.copies) > 1:
+        if node is None or node not in self.members:
             return None
         slot = node.outputs.index(content.root)
         return node if slot in self.members[node].move.outputs else None
@@ -159,10 +166,12 @@ class Region:
                         yield (node if moves else None), layout
 
 
-def size_of(value: Value, facts: Facts) -> int:
-    """Bytes of a value, as far as they are known."""
+def size_of(value: Value, facts: Facts) -> tuple[int, ...]:
+    """Bytes of a value, by what its open sizes may be."""
     shape: Shape = facts.shape(value) or ()
-    return facts.width(value) * math.prod(s if isinstance(s, int) else _OPEN for s in shape)
+    fixed = facts.width(value) * math.prod(size for size in shape if isinstance(size, int))
+    opened = sum(not isinstance(size, int) for size in shape)
+    return tuple(fixed * size**opened for size in _OPEN)
 
 
 # -- what pays -------------------------------------------------------------------------------------
@@ -197,7 +206,7 @@ def _add_content(flow: Any, region: Region, content: Content, number: int) -> No
     readers.discard(source)
     if not readers:
         return
-    cost = (content.bytes + _NODE) * _UNIT
+    cost = (content.bytes[0] + _NODE) * _UNIT
     to, back = ("to", number), ("back", number)
     if source != 1:
         flow.add_edge(source, to, capacity=cost)
@@ -242,13 +251,14 @@ def changes(region: Region, flipped: Collection[Node]) -> Iterator[Change]:
 def _pays(region: Region, change: Change) -> bool:
     """True where there are fewer Transposes or they move less, and neither more nor farther."""
     flipped = set(change.nodes)
-    nodes = moved = 0
+    nodes, moved = 0, [0] * len(_OPEN)
     for content in change.contents:
         made = made_in(region, content, flipped)
-        needed = any(layout != made for layout in read_in(region, content, flipped))
-        nodes += needed - len(content.copies)
-        moved += content.bytes * (needed - len(content.copies))
-    return nodes <= 0 and moved <= 0 and (nodes < 0 or moved < 0)
+        more = any(layout != made for layout in read_in(region, content, flipped))
+        added = more - len(content.copies)
+        nodes += added
+        moved = [total + size * added for total, size in zip(moved, content.bytes, strict=True)]
+    return max(nodes, *moved) <= 0 and min(nodes, *moved) < 0
 
 
 def made_in(region: Region, content: Content, flipped: Collection[Node]) -> Layout:
