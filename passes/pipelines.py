@@ -12,6 +12,7 @@ from graphopt.passes.canonicalize.convert_opset import ConvertOpset
 from graphopt.passes.canonicalize.fix_shapes import FixShapes
 from graphopt.passes.canonicalize.fold_constants import FoldConstants
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
+from graphopt.passes.canonicalize.hoist_invariants import HoistInvariants
 from graphopt.passes.canonicalize.inline_functions import InlineFunctions
 from graphopt.passes.canonicalize.inline_if import InlineIf
 from graphopt.passes.canonicalize.lift_constants import LiftConstants
@@ -30,6 +31,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
         FreezeParameters,
         LiftConstants,
         InlineIf,
+        HoistInvariants,
         Canonicalize,
         FoldConstants,
         MoveTransposes,
@@ -44,7 +46,8 @@ PASSES: Final[dict[str, type[Pass]]] = {
 _PLAIN: Final = (
     "inline-functions, freeze-parameters, lift-constants, fold-constants, inline-if, "
     "lift-constants, remove-dead, merge-duplicates, canonicalize, fold-constants, inline-if, "
-    "lift-constants, remove-dead, merge-duplicates, canonicalize, move-transposes, canonicalize"
+    "lift-constants, hoist-invariants, remove-dead, merge-duplicates, canonicalize, "
+    "move-transposes, canonicalize"
 )
 _CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead"
 _FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates, remove-dead"
