@@ -86,10 +86,22 @@ def optimize(
     job = _Job(Path(source) if isinstance(source, str) else source, level, steps, tell, verify_each)
     prover = None
     if validate:
+        _check_opset(opset)
         held = fixed_shapes(steps)
         prover = Prover(job.source, job.load, job.requested, held, data, custom_ops, seed, job.tell)
     with staging(Path(output) if output is not None else None) as (place, staged):
         return job.run(place, staged, external, prover, accept_unproven=unproven)
+
+
+def _check_opset(opset: int | None) -> None:
+    """Refuse at once what could never be proved."""
+    from graphopt.runtime import limits
+
+    if opset is not None and limits().opset < opset <= onnx.defs.onnx_opset_version():
+        raise UsageError(
+            f"opset {opset}: onnxruntime runs models up to opset {limits().opset}, so "
+            "nothing could be proved; without validation it can be written"
+        )
 
 
 @dataclass

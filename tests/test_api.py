@@ -32,6 +32,7 @@ from graphopt.ir import Model
 from graphopt.manager import to_text
 from graphopt.passes.pipelines import LEVELS, PASSES, pipeline
 from graphopt.report import Report
+from graphopt.runtime import Limits
 from tests.graphs import matmul, model, node, save, value, weight
 
 
@@ -604,3 +605,12 @@ def test_what_was_requested_must_not_be_left_out(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("graphopt.passes.canonicalize.convert_opset.ConvertOpset.run", fail)
     with pytest.raises(UsageError, match=r"convert-opset.*failed: RuntimeError: half way through"):
         optimize(untidy(), opset=20)
+
+
+def test_an_opset_that_cannot_be_proved_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graphopt.runtime.limits", lambda: Limits(ir=10, opset=19))
+    with pytest.raises(UsageError, match=r"opset 20: .* runs models up to opset 19, so nothing"):
+        optimize(untidy(), opset=20)
+    assert optimize(untidy(), opset=20, validate=False).report.opsets[""] == 20
