@@ -118,6 +118,46 @@ def fuse_conv_add(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -
 
 
 @rule(
+    "fuse-conv-sub",
+    min_opset=7,
+    sample=[
+        {"x": IMAGE, "w": KERNEL, "c": (1, 4, 1, 1), "b": (4,), "conv.strides": [2, 1]},
+        {"c": 0.5},
+        {"x": (2, 6, 9), "w": (4, 3, 3), "c": (4, 1), "conv.group": 2, "conv.strides": [2]},
+    ],
+    refuses=NOT_PER_CHANNEL,
+)
+def fuse_conv_sub(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """Sub(Conv(x, w, b), c) => Conv(x, w, b - c), c per channel."""
+    conv = op.Conv(x, w, b)
+    yield op.Sub(conv, c)  # ----------------------------------- before => after
+    bias = b.values - channel_vector(c, w.values.ndim, len(w.values))
+    return op.Conv(x, w, bias, **conv.attrs)
+
+
+@rule(
+    "fuse-conv-div",
+    min_opset=7,
+    sample=[
+        {"x": IMAGE, "w": KERNEL, "c": CHANNELS.reshape(4, 1, 1), "b": (4,)}
+        | {"conv.strides": [2, 1]},
+        {"c": 0.5},
+        {"x": (2, 6, 9), "w": (4, 3, 3), "c": CHANNELS.reshape(1, 4, 1)}
+        | {"conv.group": 2, "conv.strides": [2]},
+    ],
+    refuses=[*NOT_PER_CHANNEL, {"c": 0.0}],
+)
+def fuse_conv_div(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """Div(Conv(x, w, b), c) => Conv(x, w/c, b/c), c per channel."""
+    conv = op.Conv(x, w, b)
+    yield op.Div(conv, c)  # ----------------------------------- before => after
+    k = channel_vector(c, w.values.ndim, len(w.values))
+    require(bool((k != 0).all()), "the divisor has a zero")
+    bias = None if b.is_absent else b.values / k
+    return op.Conv(x, w.values / per_channel(k, w), bias, **conv.attrs)
+
+
+@rule(
     "fuse-pad-conv",
     min_opset=2,
     sample=[
