@@ -141,6 +141,7 @@ def test_a_refusal_writes_nothing_but_the_report(
     shown = invoke("optimize", model, out)
     assert "5.0e-01" in shown.stdout  # which output is off, and by how much
     assert "50,000.0 x" in shown.stdout
+    assert "50,000.0 x what is allowed" in " ".join(shown.stdout.split())
 
 
 def test_unproven_writes_on_request(

@@ -137,7 +137,7 @@ def proof_lines(proof: ValidationRecord) -> list[tuple[str, Text | str]]:
             (
                 "error",
                 f"{text.error(proof.error)} against a noise floor of {text.error(proof.noise)}: "
-                f"{_used(used)} of what is allowed",
+                f"{_used(used)} {'of ' if used < 1 else ''}what is allowed",
             )
         )
     if proof.feeds:
