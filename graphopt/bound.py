@@ -13,7 +13,7 @@ from graphopt.errors import ModelError
 from graphopt.ir import Node, Shape, Value
 from graphopt.language import Const, Rejected, RuleError, Var, Vars
 from graphopt.match import Context, stated
-from graphopt.shapes import TensorType
+from graphopt.proofs import TensorType
 
 
 class Bound(Const):

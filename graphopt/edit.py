@@ -12,6 +12,7 @@ from graphopt.constants import CONSTANT
 from graphopt.errors import ModelError
 from graphopt.importer import in_order
 from graphopt.ir import Graph, Model, Node, Value, Weight
+from graphopt.proofs import Proofs, TensorType
 from graphopt.shapes import Types
 
 
@@ -48,17 +49,25 @@ class Editor:
         self._settled = 0  # length of the journal when nodes were last put in order
         self._journal: list[Callable[[], None]] = []
         self._types: Types | None = None
+        self._proofs = Proofs()
         self._names: set[str] | None = None
 
     @property
     def types(self) -> Types:
         """What is proven of every value, inferred on first use and kept up from then on."""
         if self._types is None:
-            self._types = Types(self.model)
+            self._types = Types(self.model, self._proofs)
         return self._types
+
+    def prove(self, value: Value, known: TensorType) -> None:
+        """Tell what is proven of a value and inference does not find; it stays true for good."""
+        self._proofs.types[value] = known
+        self.types[value] = known
 
     def forget_types(self) -> None:
         """Infer again at the next question: constants that came up since may prove more."""
+        if self._types is not None:
+            self._types.forget()
         self._types = None
 
     def allows(self, rule: str, root: str) -> bool:

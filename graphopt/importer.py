@@ -104,9 +104,9 @@ class _Importer:
 
     def check_text(self, *names: object) -> None:
         """Names are text: protobuf hands out bytes for what is no UTF-8."""
-        for name in names:
-            if isinstance(name, bytes):
-                raise self.fail(f"the name {name!r} is no UTF-8")
+        if bytes in map(type, names):
+            found = next(name for name in names if isinstance(name, bytes))
+            raise self.fail(f"the name {found!r} is no UTF-8")
 
     def initializer(self, graph: Graph, weight: Weight) -> None:
         name = weight.tensor.name

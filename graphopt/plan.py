@@ -15,8 +15,9 @@ from graphopt.bound import AbsentInput, Bound, BoundVars, Planned, Unmatched
 from graphopt.edit import Editor
 from graphopt.ir import Node, Value
 from graphopt.match import Binding, Context, default_of, input_slot, python_value
+from graphopt.proofs import TensorType, element_name
 from graphopt.rules import Rejected, Rule, RuleError, Var, Variable
-from graphopt.shapes import TensorType, element_name, small_data
+from graphopt.shapes import small_data
 from graphopt.storage import HOLLOW_OVER
 
 

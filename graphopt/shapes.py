@@ -7,80 +7,37 @@ contradicts them. Symbols that inference carries from one value to another do me
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import onnx
 
-from graphopt import collector, exporter
+from graphopt import collector, exporter, size_terms
 from graphopt.constants import constant_of
-from graphopt.ir import Graph, Model, Node, Shape, Value
+from graphopt.ir import Graph, Model, Node, Value
 from graphopt.operators import FORWARD_AXES
+from graphopt.proofs import Proofs, TensorType
 from graphopt.storage import HOLLOW_OVER
 
-_NAMED_BY_INFERENCE: Final = "unk__"
 _NOWHERE: Final = "graphopt.unknown"  # a domain of which inference knows nothing
-
-
-@dataclass(frozen=True, slots=True)
-class TensorType:
-    """Element type (TensorProto.DataType) and shape; a dim is a size, a symbol, or unknown."""
-
-    data_type: int
-    shape: Shape | None
-
-    @property
-    def rank(self) -> int | None:
-        return None if self.shape is None else len(self.shape)
-
-    def stands_for(self, other: TensorType) -> bool:
-        """False where this is not proven of a value of which the other is.
-
-        Two different symbols may be of one size, but a rewrite that exchanges them has not shown
-        it; neither has one whose sizes do not follow where they did before.
-        """
-        if self.data_type != other.data_type:
-            return False
-        if other.shape is None:
-            return True
-        if self.shape is None:
-            return False
-        return len(self.shape) == len(other.shape) and all(
-            a == b or _is_open(b) for a, b in zip(self.shape, other.shape, strict=True)
-        )
-
-    def __str__(self) -> str:
-        name = element_name(self.data_type)
-        if self.shape is None:
-            return name
-        return f"{name}[{','.join('?' if dim is None else str(dim) for dim in self.shape)}]"
-
-    def proto(self) -> onnx.TypeProto:
-        """The same as a TypeProto."""
-        return onnx.helper.make_tensor_type_proto(self.data_type, self.shape)
-
-
-def element_name(data_type: int) -> str:
-    """A TensorProto.DataType as ONNX's type strings spell it."""
-    return onnx.TensorProto.DataType.Name(data_type).lower()
 
 
 class Types:
     """What is proven of every value of a model; kept up as nodes are added."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, proofs: Proofs | None = None) -> None:
         self._model = model
+        self.proofs = proofs or Proofs()
         self._known: dict[Value, TensorType] = {}
         self._inferred: dict[_Call, tuple[TensorType | None, ...]] = {}
         self._opsets = list(model.proto.opset_import)
         graphs = list(model.graphs())
         with collector.paused():
-            inferred = _inferred(model, has_bodies=len(graphs) > 1)
+            inferred = _inferred(model, self.proofs.types, has_bodies=len(graphs) > 1)
             protos = _walk(inferred.graph) if len(graphs) > 1 else [inferred.graph]
             for graph, proto in zip(graphs, protos, strict=True):
                 self._collect(graph, proto)
+            self.proofs.settle(self._known)
         for graph in graphs:
             if graph.owner is not None:
                 self._complete(graph)
@@ -109,8 +66,38 @@ class Types:
             except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
                 found = {}
             typed = {name: from_proto(kind) for name, kind in found.items()}
+            if node.op_type == "Reshape" and not node.domain:
+                typed = {n: self._reshaped(node, kind, inputs, data) for n, kind in typed.items()}
             slots = self._inferred[call] = tuple(typed.get(name) for name in node.output)
         return {n: kind for n, kind in zip(node.output, slots, strict=True) if kind is not None}
+
+    def forget(self) -> None:
+        """Leave what is known to the next inference, which may name open sizes differently."""
+        self.proofs.before = self._known
+
+    def _reshaped(
+        self,
+        node: onnx.NodeProto,
+        kind: TensorType | None,
+        inputs: Mapping[str, TensorType],
+        data: Mapping[str, onnx.TensorProto],
+    ) -> TensorType | None:
+        """With the free size solved for, where it follows from the open ones."""
+        known, target = inputs[node.input[0]], data.get(node.input[-1])
+        if kind is None or kind.shape is None or target is None:
+            return kind
+        if known.shape is None or None in known.shape or None not in kind.shape:
+            return kind
+        proofs = self.proofs
+        sizes = [d if isinstance(d, int) else proofs.size(str(d)) for d in known.shape]
+        literal = any(a.name == "allowzero" and a.i for a in node.attribute)
+        numbers = [int(number) for number in onnx.numpy_helper.to_array(target)]
+        found = size_terms.solved(sizes, numbers, zeros_copy=not literal)
+        shape = tuple(
+            old if new is None or old is not None else proofs.dim(new)
+            for old, new in zip(kind.shape, found, strict=True)
+        )
+        return TensorType(kind.data_type, shape)
 
     def accepts(
         self,
@@ -198,11 +185,6 @@ def _call(
     return node.domain, node.op_type, attributes, tuple(operands), len(node.output)
 
 
-def _is_open(size: int | str | None) -> bool:
-    """True for a size that inference only named, because nothing is known of it."""
-    return size is None or (isinstance(size, str) and size.startswith(_NAMED_BY_INFERENCE))
-
-
 def from_proto(kind: onnx.TypeProto) -> TensorType | None:
     """The type of a tensor; None for sequences, maps, optionals and what has no element type."""
     tensor = kind.tensor_type
@@ -219,12 +201,13 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return dim.dim_param or None
 
 
-def _inferred(model: Model, *, has_bodies: bool) -> onnx.ModelProto:
-    """onnx's inference over the hollow model, from nothing that is merely declared."""
+def _inferred(
+    model: Model, proven: Mapping[Value, TensorType], *, has_bodies: bool
+) -> onnx.ModelProto:
+    """onnx's inference over the hollow model, from what is proven and nothing merely declared."""
     proto = onnx.ModelProto()
     proto.CopyFrom(exporter.to_hollow(model))
     _forget_defaults(model.graph, proto.graph)
-    symbols = (f"d{number}" for number in itertools.count())
     graphs = list(_walk(proto.graph)) if has_bodies else [proto.graph]
     opset = model.opsets.get("", 1)
     for graph in graphs:
@@ -236,7 +219,10 @@ def _inferred(model: Model, *, has_bodies: bool) -> onnx.ModelProto:
                 node.domain = _NOWHERE
     proto.opset_import.add(domain=_NOWHERE, version=1)
     for info in proto.graph.input:
-        _own_symbols(info.type, symbols)
+        _own_symbols(info)
+    for value, known in proven.items():
+        if model.graph.values.get(value.name) is value and not value.is_output:
+            proto.graph.value_info.add(name=value.name, type=known.proto())
     for graph in graphs[1:]:
         for info in graph.input:
             _forget_shape(info.type)
@@ -264,11 +250,11 @@ def _forget_shape(kind: onnx.TypeProto) -> None:
         kind.tensor_type.ClearField("shape")
 
 
-def _own_symbols(kind: onnx.TypeProto, symbols: Iterator[str]) -> None:
+def _own_symbols(info: onnx.ValueInfoProto) -> None:
     """Give every free dim a symbol of its own: equal names prove nothing."""
-    for dim in kind.tensor_type.shape.dim:
+    for axis, dim in enumerate(info.type.tensor_type.shape.dim):
         if not dim.HasField("dim_value") or dim.dim_value <= 0:
-            dim.dim_param = next(symbols)
+            dim.dim_param = f"size({info.name}, {axis})"
 
 
 def _walk(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -9,6 +9,7 @@ from typing import Final
 from graphopt.errors import UsageError
 from graphopt.manager import Pass, parse_pipeline
 from graphopt.passes.canonicalize.convert_opset import ConvertOpset
+from graphopt.passes.canonicalize.drop_zero_states import DropZeroStates
 from graphopt.passes.canonicalize.fix_shapes import FixShapes
 from graphopt.passes.canonicalize.fold_constants import FoldConstants
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
@@ -16,9 +17,11 @@ from graphopt.passes.canonicalize.hoist_invariants import HoistInvariants
 from graphopt.passes.canonicalize.inline_functions import InlineFunctions
 from graphopt.passes.canonicalize.inline_if import InlineIf
 from graphopt.passes.canonicalize.lift_constants import LiftConstants
+from graphopt.passes.canonicalize.merge_concats import MergeConcats
 from graphopt.passes.canonicalize.merge_duplicates import MergeDuplicates
 from graphopt.passes.canonicalize.move_transposes import MoveTransposes
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
+from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 from graphopt.passes.rules import Canonicalize, Fuse
 
@@ -37,20 +40,24 @@ PASSES: Final[dict[str, type[Pass]]] = {
         MoveTransposes,
         Fuse,
         MergeDuplicates,
+        MergeConcats,
+        SimplifyShapes,
+        DropZeroStates,
         RemoveDead,
         Graphsurgeon,
     )
 }
 
-# Readers that are dead, and values computed twice, keep rules from firing: they go before.
-_PLAIN: Final = (
-    "inline-functions, freeze-parameters, lift-constants, fold-constants, inline-if, "
-    "lift-constants, remove-dead, merge-duplicates, canonicalize, fold-constants, inline-if, "
-    "lift-constants, hoist-invariants, remove-dead, merge-duplicates, canonicalize, "
-    "move-transposes, canonicalize"
+# Readers that are dead, and values computed twice, keep rules from firing: they go before. What
+# one pass finds, another goes on from; a pass that finds nothing is not run again until one does.
+_ROUND: Final = (
+    "fold-constants, inline-if, lift-constants, hoist-invariants, remove-dead, merge-duplicates, "
+    "canonicalize, simplify-shapes, merge-concats, drop-zero-states, move-transposes"
 )
+_ROUNDS: Final = ", ".join([_ROUND] * 3)
+_PLAIN: Final = f"inline-functions, freeze-parameters, lift-constants, {_ROUNDS}"
 _CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead"
-_FUSE: Final = f"{_PLAIN}, fuse, canonicalize, fold-constants, merge-duplicates, remove-dead"
+_FUSE: Final = f"{_PLAIN}, fuse, {_ROUND}, fold-constants, merge-duplicates, remove-dead"
 LEVELS: Final[dict[int, str]] = {0: "", 1: _CLEANUP, 2: _FUSE, 3: _FUSE}
 
 

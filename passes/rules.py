@@ -24,6 +24,7 @@ from graphopt.passes.canonicalize import (
     parts,
     repeats,
     types,
+    views,
 )
 from graphopt.passes.fusion import (
     activation,
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 # Importing a module registers its rules; they are tried in this order.
 FAMILIES: Final = {
-    "canonicalize": (no_ops, types, repeats, arithmetic, logic, movement, batches, parts),
+    "canonicalize": (no_ops, types, repeats, arithmetic, logic, movement, views, batches, parts),
     "fusion": (
         normalization,
         rms,

@@ -22,8 +22,9 @@ from onnx import helper, numpy_helper
 
 from graphopt.match import default_of, input_slot
 from graphopt.operators import FORWARD_AXES
+from graphopt.proofs import TensorType
 from graphopt.rules import Const, Either, Literal, Output, Rule, Sample, Variable, Vars
-from graphopt.shapes import TensorType, from_proto
+from graphopt.shapes import from_proto
 
 OPEN_SIZES: Final = (2, 3, 5, 7)
 STORAGES: Final = {

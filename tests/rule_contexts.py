@@ -16,8 +16,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from graphopt.operators import BODIES
+from graphopt.proofs import TensorType
 from graphopt.rules import Either, Rule, Variable
-from graphopt.shapes import TensorType
 from tests import rule_attributes, rule_shapes
 from tests.rule_cases import Choice, Draft, Unbuildable, draw, unread
 from tests.rule_choices import OLDEST, choices, opsets, ways

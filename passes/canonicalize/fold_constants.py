@@ -17,8 +17,9 @@ from graphopt.ir import Model, Node, Value, Weight
 from graphopt.operators import BOUNDED_OUTPUTS, QUANTIZERS, is_random
 from graphopt.passes.canonicalize.inline_if import branch_taken, suits_readers
 from graphopt.passes.canonicalize.shape_facts import ShapeFacts
+from graphopt.proofs import TensorType
 from graphopt.runtime import limits
-from graphopt.shapes import TensorType, node_types, takes
+from graphopt.shapes import node_types, takes
 from graphopt.storage import HOLLOW_OVER, tensor_bytes
 
 RULE: Final = "fold-constant"

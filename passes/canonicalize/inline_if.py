@@ -11,7 +11,8 @@ import onnx
 from graphopt.constants import constant_of
 from graphopt.edit import Editor
 from graphopt.ir import Graph, Model, Node, Value, Weight
-from graphopt.shapes import TensorType, small_data, takes
+from graphopt.proofs import TensorType
+from graphopt.shapes import small_data, takes
 from graphopt.splice import splice
 
 Known = dict[Value, TensorType | onnx.TensorProto]

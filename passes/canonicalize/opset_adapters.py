@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from graphopt.shapes import TensorType
+from graphopt.proofs import TensorType
 
 
 class NoAdapterError(Exception):

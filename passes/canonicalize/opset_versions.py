@@ -13,7 +13,7 @@ from typing import Any, Final
 import onnx
 
 from graphopt.passes.canonicalize.opset_adapters import UNLIKE
-from graphopt.shapes import TensorType
+from graphopt.proofs import TensorType
 
 _OPTIONAL: Final = onnx.defs.OpSchema.FormalParameterOption.Optional
 _SINGLE: Final = onnx.defs.OpSchema.FormalParameterOption.Single

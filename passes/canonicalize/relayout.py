@@ -14,7 +14,7 @@ from graphopt.edit import Editor
 from graphopt.ir import Node, Value
 from graphopt.passes.canonicalize.layout_regions import Change, Content, Region, made_in, read_in
 from graphopt.passes.canonicalize.layouts import Permutation, inverse
-from graphopt.shapes import TensorType
+from graphopt.proofs import TensorType
 
 RULE: Final = "move-transposes"
 
