@@ -29,6 +29,7 @@ from graphopt.passes.canonicalize import (
 from graphopt.passes.fusion import (
     activation,
     affine,
+    around,
     attention,
     convolution,
     matrix,
@@ -52,6 +53,7 @@ FAMILIES: Final = {
         convolution,
         transposed,
         matrix,
+        around,
         affine,
     ),
 }
