@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -114,6 +114,19 @@ class Editor:
                 graph._restore_order()
             self._settled = -1
         del self.changes[changes:]
+
+    @contextlib.contextmanager
+    def supposing(self) -> Iterator[None]:
+        """Try something out: edits, and what is proven while they last, are taken back."""
+        mark, rejections = self.mark(), len(self.rejections)
+        proofs = self._proofs
+        self._proofs = proofs.copy()
+        try:
+            yield
+        finally:
+            self.undo_to(mark)
+            del self.rejections[rejections:]
+            self._proofs, self._types = proofs, None
 
     def journal(self, undo: Callable[[], None]) -> None:
         """Note how to take back what was just done; for parts of the editor in other modules."""

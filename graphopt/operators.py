@@ -35,6 +35,13 @@ RANDOM: Final = frozenset(
     }
 )
 
+# Ranks that an operator insists on when it runs, by input.
+EXACT_RANKS: Final[dict[str, dict[int, int]]] = {
+    "GRU": {0: 3, 1: 3, 2: 3},
+    "LSTM": {0: 3, 1: 3, 2: 3},
+    "RNN": {0: 3, 1: 3, 2: 3},
+}
+
 # Inputs that hold what training learned. An input with a default in such a slot is a weight that
 # an old exporter listed as input; in any other slot it may be an initial state meant to be fed.
 PARAMETER_SLOTS: Final[dict[str, frozenset[int]]] = {

@@ -80,6 +80,11 @@ class Proofs:
     before: dict[Value, TensorType] = field(default_factory=dict)  # as last inferred
     _serial: itertools.count[int] = field(default_factory=itertools.count)
 
+    def copy(self) -> Proofs:
+        """The same proofs; what is added to one is not in the other."""
+        before = dict(self.before)
+        return Proofs(dict(self.types), dict(self.terms), before, self._serial)
+
     def dim(self, size: Size) -> int | str | None:
         """The size as shapes state it; None where no name says what it is."""
         name = size if isinstance(size, int) else size_terms.spelled(size)

@@ -20,6 +20,7 @@ from graphopt.passes.canonicalize.lift_constants import LiftConstants
 from graphopt.passes.canonicalize.merge_concats import MergeConcats
 from graphopt.passes.canonicalize.merge_duplicates import MergeDuplicates
 from graphopt.passes.canonicalize.move_transposes import MoveTransposes
+from graphopt.passes.canonicalize.refute_branches import RefuteBranches
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
 from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
@@ -34,6 +35,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
         FreezeParameters,
         LiftConstants,
         InlineIf,
+        RefuteBranches,
         HoistInvariants,
         Canonicalize,
         FoldConstants,
@@ -52,7 +54,8 @@ PASSES: Final[dict[str, type[Pass]]] = {
 # one pass finds, another goes on from; a pass that finds nothing is not run again until one does.
 _ROUND: Final = (
     "fold-constants, inline-if, lift-constants, hoist-invariants, remove-dead, merge-duplicates, "
-    "canonicalize, simplify-shapes, merge-concats, drop-zero-states, move-transposes"
+    "refute-branches, canonicalize, simplify-shapes, merge-concats, drop-zero-states, "
+    "move-transposes"
 )
 _ROUNDS: Final = ", ".join([_ROUND] * 3)
 _PLAIN: Final = f"inline-functions, freeze-parameters, lift-constants, {_ROUNDS}"

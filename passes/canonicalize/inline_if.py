@@ -46,11 +46,16 @@ def _inline_in(graph: Graph, model: Model, edit: Editor, names: Counter[str]) ->
             for body in node.graphs():
                 _inline_in(body, model, edit, names)
             continue
-        added = _splice(node, branch, edit, names, root)
+        added = inline(node, branch, edit, names, "inline-if")
         pending.extend(reversed(added))
 
 
-def _splice(node: Node, branch: Graph, edit: Editor, names: Counter[str], root: str) -> list[Node]:
+def inline(node: Node, branch: Graph, edit: Editor, names: Counter[str], rule: str) -> list[Node]:
+    """Put the nodes of a branch, which fits, in the place of the If; the nodes.
+
+    `names` counts the names of values in the model, and is kept up.
+    """
+    root = next((value.name for value in node.outputs if value is not None), "")
     before = node.text()
     for body in node.graphs():
         if body is not branch:
@@ -66,7 +71,7 @@ def _splice(node: Node, branch: Graph, edit: Editor, names: Counter[str], root: 
 
     added = splice(edit, node, branch, rename=outside)
     after = "\n".join(other.text() for other in added)
-    edit.record("inline-if", root, before, after)
+    edit.record(rule, root, before, after)
     return added
 
 
@@ -75,7 +80,12 @@ def branch_taken(node: Node, condition: Weight | None, model: Model) -> Graph | 
     if node.op != "If" or node.domain or condition is None or condition.size != 1:
         return None
     taken = "then_branch" if condition.values.reshape(-1)[0] else "else_branch"
-    branches = node.bodies.get(taken, [])
+    return branch_of(node, taken, model)
+
+
+def branch_of(node: Node, name: str, model: Model) -> Graph | None:
+    """The branch of an If by its attribute's name, where its nodes can stand outside of it."""
+    branches = node.bodies.get(name, [])
     return branches[0] if len(branches) == 1 and _fits(node, branches[0], model) else None
 
 
