@@ -155,6 +155,17 @@ class Editor:
         node.graph._set_input(node, slot, value)
         self._journal.append(lambda: node.graph._set_input(node, slot, old))
 
+    def restate(self, node: Node, proto: onnx.NodeProto) -> None:
+        """Let `proto` say the same of the node: operator, edges and attributes are to be equal."""
+        before, rewired = node.proto, node.rewired
+
+        def undo() -> None:
+            node.proto, node.rewired = before, rewired
+
+        node.proto, node.rewired = proto, True
+        node.graph._touch()
+        self._journal.append(undo)
+
     def replace_uses(self, old: Value, new: Value | None) -> None:
         """Let every reader of `old`, in bodies too, read `new`. Graph outputs stay as they are."""
         for node in list(old.consumers):

@@ -11,7 +11,7 @@ from graphopt import exporter
 from graphopt.ir import Model
 from graphopt.manager import run_pipeline
 from graphopt.passes.pipelines import LEVELS, pipeline
-from tests import graphs
+from tests import goldens, graphs
 
 IDENTITY_PASS = "canonicalize{rules=eliminate-identity}"
 IDENTITY_RULE = "eliminate-identity"
@@ -658,3 +658,13 @@ def test_there_is_something_to_clean_in_architectures() -> None:
         for one in run_pipeline(Model.load(path), pipeline(2, None)):
             fired.update(change.rule for change in one.changes)
     assert IDENTITY_RULE in fired
+
+
+def test_a_value_that_stands_for_two_outputs_of_a_split() -> None:
+    """One of them is an output of the graph, and keeps its name: the other cannot have it too."""
+    proto = graphs.parsed(
+        """g (float[2] v) => (float[2] a, float[2] y) <int64[2] sizes = {2, 2}>
+        { w = Neg (v)  j = Concat <axis = 0> (w, w)  a, b = Split (j, sizes)  y = Abs (b) }"""
+    )
+    made, _ = goldens.run(proto, "canonicalize")
+    goldens.check(proto, made, "canonicalize")
