@@ -46,3 +46,8 @@ def from_front(axes: Any, rank: int) -> list[int]:
 def whole(numbers: NDArray[Any] | Sequence[int] | None) -> list[int]:
     """Python integers of an attribute's or a constant's numbers, none where it is left out."""
     return [] if numbers is None else [int(number) for number in np.ravel(numbers)]
+
+
+def adds_no_axes(c: Const, x: Var) -> bool:
+    """True where an elementwise operator of the two has as many axes as `x`."""
+    return c.values.ndim == 0 or c.values.ndim <= x.rank

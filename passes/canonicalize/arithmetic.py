@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.passes.canonicalize.repeats import bounds, clipped
+from graphopt.passes.guards import adds_no_axes
 from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
 
 _WHOLE = "the values are not floating-point"
@@ -171,8 +172,3 @@ def merge_clip_relu(op: Ops, x: Var) -> Rewrite:
     yield op.Relu(clip)  # -------------------------------------- before => after
     low, high = (max(bound, 0.0) for bound in bounds(clip))
     return clipped(op, x, low, high)
-
-
-def adds_no_axes(c: Const, x: Var) -> bool:
-    """True where an elementwise operator of the two has as many axes as `x`."""
-    return c.values.ndim == 0 or c.values.ndim <= x.rank

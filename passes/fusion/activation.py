@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from graphopt.passes.canonicalize.arithmetic import adds_no_axes
-from graphopt.passes.guards import from_front, whole
+from graphopt.passes.guards import adds_no_axes, from_front, whole
 from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
 
 _SIXTH = 1 / 6
