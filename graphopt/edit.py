@@ -327,6 +327,19 @@ class Editor:
         node.attribute.append(onnx.helper.make_attribute(key, named.proto))
         self._insert(Node(node, graph, position), [], [value])
 
+    def set_weight(self, value: Value, tensor: onnx.TensorProto) -> None:
+        """Let an initializer hold other numbers, of the same type and shape."""
+        before = value.weight
+        assert before is not None
+        assert (before.data_type, before.shape) == (tensor.data_type, tuple(tensor.dims))
+        value.weight = Weight(self.model.store.kept(tensor), self.model.store)
+        value.graph._touch()
+
+        def undo() -> None:
+            value.weight = before
+
+        self._journal.append(undo)
+
     def define(
         self, functions: Sequence[onnx.FunctionProto], opsets: Sequence[onnx.OperatorSetIdProto]
     ) -> None:

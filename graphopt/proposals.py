@@ -284,19 +284,6 @@ def propose(
             raise UnprovenError("proposed feeds run on the original too rarely; give --data")
 
 
-def nudged(feed: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The feed with every float moved to a neighbour, up or down at random; the rest as it is."""
-    rng = np.random.default_rng(seed)
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            return value
-        target = np.where(rng.random(value.shape) < 0.5, -np.inf, np.inf).astype(value.dtype)
-        return np.nextafter(value, target)
-
-    return {name: move(value) for name, value in feed.items()}
-
-
 def first_feed(
     model: Path,
     *,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from graphopt import oracle, proposals, ties
+from graphopt import nudge, oracle, proposals, ties
 from graphopt.data import given_feeds
 from graphopt.divergence import Divergence, Pair, Run, run, write_exposed
 from graphopt.errors import RuntimeFailure
@@ -138,8 +138,18 @@ class Trial:
                 self._runs[way] += self._run(session, range(done, len(self._feeds)))
         done = len(self._runs.setdefault("nudged", []))
         for at in range(done, len(self._feeds)):
-            feed = proposals.nudged(self._feeds[at], at)
+            feed = nudge.nudged(self._feeds[at], at)
             self._runs["nudged"].append(run(self._sessions["off"], feed, list(self._outputs)))
+        for draw in range(nudge.DRAWS):
+            self._run_nudged(path, draw)
+
+    def _run_nudged(self, path: Path, draw: int) -> None:
+        runs = self._runs.setdefault(f"nudged weights {draw}", [])
+        copy = path.with_name(f"nudged{draw}.onnx")
+        if not copy.exists():
+            nudge.write_nudged(path, copy, draw)
+        with self._session(copy, "off") as session:
+            runs += self._run(session, range(len(runs), len(self._feeds)))
 
     def outcome(self, candidate: Model) -> Outcome:
         """Judge another candidate on the feeds that were kept."""

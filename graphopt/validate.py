@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from graphopt import exporter, fixed, oracle, output, proposals, ties
+from graphopt import exporter, fixed, nudge, oracle, output, proposals, ties
 from graphopt.data import given_feeds
 from graphopt.errors import DataError, RuntimeFailure, UnprovenError
 from graphopt.fixed import FixedSession, Shapes
@@ -117,13 +117,18 @@ class _Comparison:
         """More draws of the original's noise, before a candidate that exceeds one is condemned.
 
         One spread is one draw, and it is zero where onnxruntime happens to find nothing to fuse.
-        The further levels fuse differently; and feeds that lie one unit in the last place away are
-        the same to anybody, so that what they change is noise too.
+        The further levels fuse differently; and feeds and weights that lie one unit in the last
+        place away are the same to anybody, so that what they change is noise too.
         """
         self._all(original, states, "original", _MORE_LEVELS)
-        feeds = [proposals.nudged(feed, index) for index, feed in enumerate(self.feeds)]
+        feeds = [nudge.nudged(feed, index) for index, feed in enumerate(self.feeds)]
         with self._session(original, "off", "the original") as session:
             self._execute(session, states, "original nudged", feeds)
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            for draw in range(nudge.DRAWS):
+                nudge.write_nudged(original, copy := Path(folder, f"{draw}.onnx"), draw)
+                with self._session(copy, "off", "the original") as session:
+                    self._execute(session, states, f"original nudged weights {draw}")
 
     def _readable(self, model: Model, stack: ExitStack) -> Path:
         """The model's file, or a copy of a lower IR version where onnxruntime reads no higher."""
