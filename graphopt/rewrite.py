@@ -125,11 +125,11 @@ def _check(targets: Sequence[Value], results: Sequence[Var], edit: Editor) -> No
     """What is proven of the new values must not contradict what is proven of the old."""
     if len(targets) != len(results):
         raise Rejected(f"{len(results)} values for {len(targets)} outputs")
-    stands_for = Counter(result.value for result in results if isinstance(result, Bound))
+    bound = [result.value for result in results if isinstance(result, Bound)]
     for target, result in zip(targets, results, strict=True):
         if isinstance(result, Planned):
             new = result.known
-        elif isinstance(result, Bound) and target.is_output and stands_for[result.value] > 1:
+        elif isinstance(result, Bound) and target.is_output and bound.count(result.value) > 1:
             raise Rejected(f"{target.name!r} is an output, of a value that stands for two")
         elif isinstance(result, Bound):
             new = edit.types[result.value]
