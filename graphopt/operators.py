@@ -290,7 +290,11 @@ ELEMENTS_IN_PLACE: Final = frozenset(
 
 def is_pure(node: Node, model: Model) -> bool:
     """True where a node without readers can go: it does nothing but compute its outputs."""
-    return _is_pure(node.proto, model.functions)
+    inner = (other for body in node.graphs() for other in body.nodes)
+    if not all(is_pure(other, model) for other in inner):
+        return False
+    alone = onnx.NodeProto(op_type=node.op, domain=node.domain, overload=node.overload)
+    return _is_pure(alone, model.functions)  # bodies of the proto are as they were in the file
 
 
 def _is_pure(

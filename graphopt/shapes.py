@@ -7,19 +7,16 @@ contradicts them. Symbols that inference carries from one value to another do me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Mapping
 
 import onnx
 
-from graphopt import collector, exporter, size_terms
+from graphopt import collector, size_terms
 from graphopt.constants import constant_of
+from graphopt.inference import counts_back, inferred, walk
 from graphopt.ir import Graph, Model, Node, Value
-from graphopt.operators import FORWARD_AXES
 from graphopt.proofs import Proofs, TensorType
 from graphopt.storage import HOLLOW_OVER
-
-_NOWHERE: Final = "graphopt.unknown"  # a domain of which inference knows nothing
 
 
 class Types:
@@ -33,8 +30,8 @@ class Types:
         self._opsets = list(model.proto.opset_import)
         graphs = list(model.graphs())
         with collector.paused():
-            inferred = _inferred(model, self.proofs.types, has_bodies=len(graphs) > 1)
-            protos = _walk(inferred.graph) if len(graphs) > 1 else [inferred.graph]
+            found = inferred(model, self.proofs.types, has_bodies=len(graphs) > 1)
+            protos = walk(found.graph) if len(graphs) > 1 else [found.graph]
             for graph, proto in zip(graphs, protos, strict=True):
                 self._collect(graph, proto)
             self.proofs.settle(self._known)
@@ -125,10 +122,12 @@ class Types:
     ) -> dict[str, onnx.TypeProto]:
         if any(name and name not in inputs for name in node.input):
             return {}
-        if _counts_back(node, self._model.opsets.get("", 1)):
+        if counts_back(node, self._model.opsets.get("", 1)):
             return {}
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = self._model.opsets.get(domain)
+        if (node.op_type, domain, version) == ("Slice", "", 10):
+            version = 11  # see `_slice_as_later`
         schema = onnx.defs.get_schema(node.op_type, version or 1, domain)
         return onnx.shape_inference.infer_node_outputs(
             schema,
@@ -199,72 +198,6 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     if dim.HasField("dim_value"):
         return dim.dim_value if dim.dim_value >= 0 else None
     return dim.dim_param or None
-
-
-def _inferred(
-    model: Model, proven: Mapping[Value, TensorType], *, has_bodies: bool
-) -> onnx.ModelProto:
-    """onnx's inference over the hollow model, from what is proven and nothing merely declared."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(exporter.to_hollow(model))
-    _forget_defaults(model.graph, proto.graph)
-    graphs = list(_walk(proto.graph)) if has_bodies else [proto.graph]
-    opset = model.opsets.get("", 1)
-    for graph in graphs:
-        del graph.value_info[:]
-        for info in graph.output:
-            _forget_shape(info.type)
-        for node in graph.node:
-            if _counts_back(node, opset):
-                node.domain = _NOWHERE
-    proto.opset_import.add(domain=_NOWHERE, version=1)
-    for info in proto.graph.input:
-        _own_symbols(info)
-    for value, known in proven.items():
-        if model.graph.values.get(value.name) is value and not value.is_output:
-            proto.graph.value_info.add(name=value.name, type=known.proto())
-    for graph in graphs[1:]:
-        for info in graph.input:
-            _forget_shape(info.type)
-    return onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
-
-
-def _forget_defaults(graph: Graph, proto: onnx.GraphProto) -> None:
-    """Take out what a caller may replace: inference would read shapes from it."""
-    if any(value.weight is not None and value.constant is None for value in graph.inputs):
-        fixed = {value.name for value in graph.initializers if value.constant is not None}
-        kept = [tensor for tensor in proto.initializer if tensor.name in fixed]
-        del proto.initializer[:]
-        proto.initializer.extend(kept)
-
-
-def _counts_back(node: onnx.NodeProto, opset: int) -> bool:
-    """True for negative axes in a version that onnx infers wrongly with them."""
-    if node.op_type not in FORWARD_AXES or node.domain or opset >= FORWARD_AXES[node.op_type]:
-        return False
-    return any(axis < 0 for a in node.attribute if a.name == "axes" for axis in a.ints)
-
-
-def _forget_shape(kind: onnx.TypeProto) -> None:
-    if kind.HasField("tensor_type"):
-        kind.tensor_type.ClearField("shape")
-
-
-def _own_symbols(info: onnx.ValueInfoProto) -> None:
-    """Give every free dim a symbol of its own: equal names prove nothing."""
-    for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-        if not dim.HasField("dim_value") or dim.dim_value <= 0:
-            dim.dim_param = f"size({info.name}, {axis})"
-
-
-def _walk(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and its bodies, in the order of `Graph.walk`."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            bodies = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-            for body in bodies:
-                yield from _walk(body)
 
 
 def small_data(value: Value, model: Model) -> onnx.TensorProto | None:

@@ -33,7 +33,10 @@ class HoistInvariants:
     name: ClassVar[str] = "hoist-invariants"
 
     def run(self, model: Model, edit: Editor) -> None:
+        mark = edit.mark()
         _hoist_in(model.graph, model, edit)
+        if edit.mark() != mark:
+            edit.forget_types()  # inference knows more of what stands outside
 
 
 def _hoist_in(graph: Graph, model: Model, edit: Editor) -> None:

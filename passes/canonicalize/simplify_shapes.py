@@ -39,11 +39,14 @@ class SimplifyShapes:
     def run(self, model: Model, edit: Editor) -> None:
         facts = prove_sizes(model, edit)
         nonzero = nonzero_atoms(model.graph, facts)
+        mark = edit.mark()
         for graph in model.graphs():
             _merge(graph, facts, edit)
             for node in list(graph.nodes):
                 if node.op == "Reshape" and not node.domain and len(node.inputs) == 2:
                     _fix_target(node, facts, nonzero, edit)
+        if any(change.rule == _RESHAPE for change in edit.changes[mark[1] :]):
+            edit.forget_types()  # inference reads a constant target, in bodies as well
 
 
 # -- equal integers --------------------------------------------------------------------------------
@@ -61,6 +64,8 @@ def _merge(graph: Graph, facts: ShapeFacts, edit: Editor) -> None:
         other = first.setdefault(key, value)
         if other is not value and edit.can_bypass(value, other):
             _absorb(node, value, other, edit)
+            if value.is_output:  # which keeps its name, so that the other is gone
+                first[key] = value
 
 
 def _content(value: Value, facts: ShapeFacts) -> Hashable | None:
