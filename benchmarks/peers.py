@@ -155,7 +155,7 @@ GRAPHOPT = Peer(
     "graphopt",
     "",
     (),
-    "import archspec.cpu, graphopt.api\n"
+    "import archspec.cpu, networkx, graphopt.api\n"
     "def job(source, target):\n"
     "    graphopt.api.optimize(source, target, validate=False)\n",
     "graphopt",

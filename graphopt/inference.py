@@ -40,8 +40,13 @@ def inferred(
         proto.functions.extend(_later_slices())
     for info in proto.graph.input:
         _own_symbols(info)
+    outputs = {info.name: info for info in proto.graph.output}
     for value, known in proven.items():
-        if model.graph.values.get(value.name) is value and not value.is_output:
+        if model.graph.values.get(value.name) is not value:
+            continue
+        if value.name in outputs:
+            outputs[value.name].type.CopyFrom(known.proto())
+        else:
             proto.graph.value_info.add(name=value.name, type=known.proto())
     for graph in graphs[1:]:
         for info in graph.input:

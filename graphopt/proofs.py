@@ -78,12 +78,15 @@ class Proofs:
     types: dict[Value, TensorType] = field(default_factory=dict)
     terms: dict[str, Term] = field(default_factory=dict)
     before: dict[Value, TensorType] = field(default_factory=dict)  # as last inferred
+    inferred: dict[Hashable, dict[Hashable, tuple[TensorType | None, ...]]] = field(
+        default_factory=dict
+    )  # by versions of operators, then by call: blocks of a model repeat one another
     _serial: itertools.count[int] = field(default_factory=itertools.count)
 
     def copy(self) -> Proofs:
         """The same proofs; what is added to one is not in the other."""
         before = dict(self.before)
-        return Proofs(dict(self.types), dict(self.terms), before, self._serial)
+        return Proofs(dict(self.types), dict(self.terms), before, self.inferred, self._serial)
 
     def dim(self, size: Size) -> int | str | None:
         """The size as shapes state it; None where no name says what it is."""
@@ -98,15 +101,29 @@ class Proofs:
 
     def settle(self, known: dict[Value, TensorType]) -> None:
         """Give new names to what inference just named, and let those of before mean the same."""
-        fresh: dict[Hashable, Size] = {}
-        for kind in known.values():
-            for size in kind.shape or ():
-                if isinstance(size, str) and _BY_INFERENCE.fullmatch(size) and size not in fresh:
-                    fresh[size] = size_terms.atom(f"open__{next(self._serial)}")
-        self._replace(known, fresh)
+        self._replace(known, self._named(known))
         learnt = self._learnt(known)
         self._replace(known, learnt)
         self._replace(self.types, learnt)
+
+    def _named(self, known: dict[Value, TensorType]) -> dict[Hashable, Size]:
+        """Names for what inference just named: those of before where the same value had one."""
+        found: dict[Hashable, Size] = {}
+        taken: set[str] = set()
+        for value, kind in known.items():
+            for axis, size in enumerate(kind.shape or ()):
+                if not isinstance(size, str) or size in found or not _BY_INFERENCE.fullmatch(size):
+                    continue
+                old = self.before.get(value)
+                same_rank = (
+                    old is not None and old.shape and len(old.shape) == len(kind.shape or ())
+                )
+                name = old.shape[axis] if same_rank and old is not None and old.shape else None
+                if not isinstance(name, str) or not is_open(name) or name in taken:
+                    name = f"open__{next(self._serial)}"
+                taken.add(name)
+                found[size] = size_terms.atom(name)
+        return found
 
     def _learnt(self, known: dict[Value, TensorType]) -> dict[Hashable, Size]:
         """What sizes that were open are now known as."""
@@ -135,6 +152,8 @@ class Proofs:
     def _replaced(self, size: int | str | None, by: dict[Hashable, Size]) -> int | str | None:
         if not isinstance(size, str):
             return size
+        if size not in self.terms and size not in by:  # an atom, as nearly all are
+            return size
         return self.dim(size_terms.replaced(self.size(size), by))
 
 
@@ -145,6 +164,4 @@ def learn(found: dict[Hashable, Size], symbol: str, size: Size) -> None:
         return
     if isinstance(size, Term) and size_terms.spelled(size) is None:
         return
-    for other, known in found.items():
-        found[other] = size_terms.replaced(known, {symbol: size})
     found[symbol] = size

@@ -7,7 +7,7 @@ contradicts them. Symbols that inference carries from one value to another do me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import onnx
 
@@ -26,8 +26,9 @@ class Types:
         self._model = model
         self.proofs = proofs or Proofs()
         self._known: dict[Value, TensorType] = {}
-        self._inferred: dict[_Call, tuple[TensorType | None, ...]] = {}
         self._opsets = list(model.proto.opset_import)
+        versions = tuple(sorted(model.opsets.items())), model.proto.ir_version
+        self._inferred = self.proofs.inferred.setdefault(versions, {})
         graphs = list(model.graphs())
         with collector.paused():
             found = inferred(model, self.proofs.types, has_bodies=len(graphs) > 1)
@@ -166,14 +167,11 @@ class Types:
         return all(isinstance(size, int) for size in known.shape)
 
 
-_Call = tuple[str, str, tuple[bytes, ...], tuple[tuple[TensorType | None, bytes], ...], int]
-
-
 def _call(
     node: onnx.NodeProto,
     inputs: Mapping[str, TensorType],
     data: Mapping[str, onnx.TensorProto],
-) -> _Call:
+) -> Hashable:
     """All that the types of a node's outputs depend on: blocks of a model repeat one another."""
     operands = []
     for name in node.input:

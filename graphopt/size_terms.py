@@ -131,12 +131,17 @@ def solved(sizes: Sequence[Size], target: Sequence[Size], *, zeros_copy: bool) -
 
 
 def replaced(size: Size, by: Mapping[Hashable, Size]) -> Size:
-    """The size with other sizes in the place of some of its atoms."""
-    total: Size = 0
-    for monomial, count in _parts(size).items():
-        factors = [by.get(each, atom(each)) for each, power in monomial for _ in range(power)]
-        total = add(total, multiply(count, product(factors)))
-    return total
+    """The size with other sizes in the place of its atoms, in that of their atoms, and so on.
+
+    Nothing may stand for what it is made of.
+    """
+    while isinstance(size, Term) and not size.atoms.isdisjoint(by):
+        total: Size = 0
+        for monomial, count in size.parts:
+            factors = [by.get(each, atom(each)) for each, power in monomial for _ in range(power)]
+            total = add(total, multiply(count, product(factors)))
+        size = total
+    return size
 
 
 def spelled(size: Term) -> str | None:

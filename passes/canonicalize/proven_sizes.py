@@ -73,6 +73,8 @@ class _News:
 
     def tell(self, graph: Graph) -> bool:
         """Let the editor know, open sizes by name everywhere; True where anything is new."""
+        if not self._shapes and not self._sizes:
+            return False
         proofs = self._edit.types.proofs
         for value in graph.values.values():
             known = self._shapes.get(value) or self._edit.types[value]
@@ -86,7 +88,7 @@ class _News:
             )
             if value in self._shapes or shape != known.shape:
                 self._edit.prove(value, TensorType(known.data_type, shape))
-        return bool(self._shapes or self._sizes)
+        return True
 
 
 def nonzero_atoms(graph: Graph, facts: ShapeFacts) -> set[Hashable]:

@@ -36,10 +36,13 @@ class RefuteBranches:
             for node in list(graph.nodes):
                 if trials < 2 or node not in graph.nodes or not _differ(node, edit):
                     continue
+                if not _is_watched(node):
+                    continue
                 trials -= 2
                 refuted = [_is_refuted(node, name, model, edit) for name in _BRANCHES]
                 if sorted(refuted) == [False, True]:
                     _take(node, _BRANCHES[refuted.index(False)], model, edit)
+                    _fold(model, edit)  # which decides the next ones as a rule
 
 
 def _differ(node: Node, edit: Editor) -> bool:
@@ -65,10 +68,28 @@ def _is_refuted(node: Node, name: str, model: Model, edit: Editor) -> bool:
         branch = _branch(node, name, model)
         assert branch is not None
         inline(node, branch, edit, _names(model), _RULE)
-        for _ in range(2):
-            for step in (FoldConstants(), InlineIf(), LiftConstants()):
-                step.run(model, edit)
+        _fold(model, edit)
         return any(_refuses(other, edit) for other in graph.nodes)
+
+
+def _fold(model: Model, edit: Editor) -> None:
+    for _ in range(2):
+        for step in (FoldConstants(), InlineIf(), LiftConstants()):
+            step.run(model, edit)
+
+
+def _is_watched(node: Node) -> bool:
+    """True where something that insists on a rank comes after the node, in its graph."""
+    pending, seen = [node], {node}
+    while pending:
+        for value in pending.pop().outputs:
+            for reader in value.consumers if value is not None else ():
+                if reader.graph is node.graph and reader not in seen:
+                    if reader.op in EXACT_RANKS and not reader.domain:
+                        return True
+                    seen.add(reader)
+                    pending.append(reader)
+    return False
 
 
 def _refuses(node: Node, edit: Editor) -> bool:
