@@ -49,6 +49,7 @@ class Editor:
         self._settled = 0  # length of the journal when nodes were last put in order
         self._journal: list[Callable[[], None]] = []
         self._types: Types | None = None
+        self._is_refined = False  # readers of what was bypassed read what is known better
         self._proofs = Proofs()
         self._names: set[str] | None = None
 
@@ -135,8 +136,12 @@ class Editor:
     def settle(self) -> None:
         """Put nodes in topological order; new ones stand behind all others until then.
 
-        A graph with a cycle is left for verification to find.
+        A graph with a cycle is left for verification to find. Where readers came to read what is
+        known better than what they read before, types are inferred again.
         """
+        if self._is_refined:
+            self._is_refined = False
+            self.forget_types()
         if self._settled == len(self._journal):
             return
         self._settled = len(self._journal)
@@ -192,6 +197,9 @@ class Editor:
 
         A graph output keeps its name: then the node that computes `new` computes it as `old`.
         """
+        if self._types is not None and (known := self._types[new]) is not None:
+            before = self._types[old]
+            self._is_refined |= before is None or not before.stands_for(known)
         if not old.is_output:
             self.replace_uses(old, new)
             self.remove_value(old)
