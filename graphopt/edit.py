@@ -120,6 +120,7 @@ class Editor:
     def supposing(self) -> Iterator[None]:
         """Try something out: edits, and what is proven while they last, are taken back."""
         mark, rejections = self.mark(), len(self.rejections)
+        self.forget_types()  # what is learnt from here on must not reach the proofs that stay
         proofs = self._proofs
         self._proofs = proofs.copy()
         try:
