@@ -42,6 +42,9 @@ EXACT_RANKS: Final[dict[str, dict[int, int]]] = {
     "RNN": {0: 3, 1: 3, 2: 3},
 }
 
+# Inputs that are scalars by definition: runtimes take a vector of one element until they know it.
+SCALARS: Final[dict[str, frozenset[int]]] = {"Range": frozenset({0, 1, 2})}
+
 # Inputs that hold what training learned. An input with a default in such a slot is a weight that
 # an old exporter listed as input; in any other slot it may be an initial state meant to be fed.
 PARAMETER_SLOTS: Final[dict[str, frozenset[int]]] = {

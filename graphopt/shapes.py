@@ -15,6 +15,7 @@ from graphopt import collector, size_terms
 from graphopt.constants import constant_of
 from graphopt.inference import counts_back, inferred, walk
 from graphopt.ir import Graph, Model, Node, Value
+from graphopt.operators import SCALARS
 from graphopt.proofs import Proofs, TensorType
 from graphopt.storage import HOLLOW_OVER
 
@@ -107,6 +108,9 @@ class Types:
 
         Runtimes refuse a model that has such a node, even where no run would come to it.
         """
+        ranks = (inputs[n].rank for n in _scalars(node) if n in inputs)
+        if any(rank is not None and rank > 0 for rank in ranks):
+            return False
         try:
             self._infer(node, inputs, data)
         except onnx.shape_inference.InferenceError:
@@ -196,6 +200,11 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     if dim.HasField("dim_value"):
         return dim.dim_value if dim.dim_value >= 0 else None
     return dim.dim_param or None
+
+
+def _scalars(node: onnx.NodeProto) -> list[str]:
+    slots = SCALARS.get(node.op_type, frozenset()) if not node.domain else frozenset()
+    return [name for slot, name in enumerate(node.input) if slot in slots]
 
 
 def small_data(value: Value, model: Model) -> onnx.TensorProto | None:
