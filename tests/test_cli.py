@@ -365,6 +365,8 @@ def test_version() -> None:
 
 # The pipeline says that it runs, then waits for the signal; the output is staged by then.
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what shells put behind
 import sys, time
 import graphopt.api
 def wait(*_, **__):
