@@ -68,6 +68,12 @@ def test_what_folds_once_a_branch_is_taken_counts() -> None:
         # both ranks are refused
         f"{GUARD}  a = Unsqueeze (v, zero)  u = Unsqueeze (a, zero)  "
         "y = LSTM <hidden_size = 2> (u, w, r)",
+        # what refuses is not run, since nothing needs it
+        f"{GUARD}  u = Unsqueeze (v, zero)  d = LSTM <hidden_size = 2> (u, w, r)  e = Relu (d)  "
+        "y = Relu (v)",
+        # both ranks lead to what it takes
+        f"{GUARD}  n = ReduceSum <keepdims = 0> (v)  k = Transpose <perm = [0, 2, 1]> (x)  "
+        "u = Add (k, n)  y = LSTM <hidden_size = 2> (u, w, r)",
         # what refuses is not always run
         f"""{GUARD}  u = Unsqueeze (v, zero)  y = If (c) <
         then_branch = t2 () => (float[K,L,M,N] p2) {{ p2 = LSTM <hidden_size = 2> (u, w, r) }},

@@ -237,6 +237,20 @@ def test_a_size_that_is_not_zero_wherever_the_model_runs() -> None:
     assert targets(made) == [[0, -1], [0, 4, -1, 6]]
 
 
+def test_what_is_not_run_proves_nothing() -> None:
+    made, told = goldens.run(
+        graphs.parsed(
+            f"""g (float[B,N,24] x) => (float[] y) {CONSTANTS} {{ {HEADS}
+            first = Concat <axis = 0> (b, free)  a = Reshape (x, first)  unused = Relu (a)
+            t = Concat <axis = 0> (b, four, n, six)  r = Reshape (x, t)
+            y = ReduceSum <keepdims = 0> (r) }}"""
+        ),
+        "simplify-shapes",
+    )
+    assert targets(made) == [[0, -1], None]
+    assert told == ["reshape-by-constant a"]
+
+
 def test_zeros_that_are_sizes_are_not_turned_into_copies() -> None:
     made, told = simplified(
         f"""g (float[B,0,24] x) => (float[] y) {CONSTANTS} {{ {HEADS}

@@ -18,7 +18,7 @@ def traced() -> onnx.ModelProto:
     for node in (neg, body):
         node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="File a.py, line 1\n" * 9)
         node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'layer']")
-    absolute.doc_string = "/home/me/model.py(12): forward\n/home/me/run.py(3): <module>"
+    absolute.doc_string = "model.py(12): forward\nrun.py(3): <module>"
     choice.doc_string = "Takes the first branch while training."
     return proto
 

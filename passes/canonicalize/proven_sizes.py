@@ -13,6 +13,7 @@ from typing import Final
 from graphopt import size_terms
 from graphopt.edit import Editor
 from graphopt.ir import Graph, Model, Node, Value
+from graphopt.passes.canonicalize.liveness import needed_nodes
 from graphopt.passes.canonicalize.shape_facts import ShapeFacts, is_size
 from graphopt.proofs import TensorType, is_open, learn
 from graphopt.size_terms import Size, Term
@@ -97,7 +98,7 @@ def nonzero_atoms(graph: Graph, facts: ShapeFacts) -> set[Hashable]:
     Where one of them is zero, the free one does not follow, and the run fails.
     """
     found: set[Hashable] = set()
-    for node in graph.nodes:
+    for node in needed_nodes(graph):
         if node.op != "Reshape" or node.domain or len(node.inputs) < 2:
             continue
         try:

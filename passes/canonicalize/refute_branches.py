@@ -12,6 +12,7 @@ from graphopt.operators import EXACT_RANKS
 from graphopt.passes.canonicalize.fold_constants import FoldConstants
 from graphopt.passes.canonicalize.inline_if import InlineIf, branch_of, inline
 from graphopt.passes.canonicalize.lift_constants import LiftConstants
+from graphopt.passes.canonicalize.liveness import needed_nodes
 
 _RULE: Final = "refute-branch"
 _MOST_TRIALS: Final = 64  # each infers all types anew
@@ -23,8 +24,8 @@ class RefuteBranches:
     """An If one branch of which makes the model fail => the nodes of the other.
 
     It does where the branch gives a value of a rank that an operator refuses which always runs,
-    in the same graph: exporters guard a squeeze by an If, and then only one rank goes on. What is
-    taken for granted of the refused run is nothing: it fails with the other branch as well.
+    in the same graph: exporters guard a squeeze by an If, and then only one rank goes on. A run
+    that would have taken the branch failed in the original, so that nothing is lost with it.
     """
 
     name: ClassVar[str] = "refute-branches"
@@ -69,7 +70,8 @@ def _is_refuted(node: Node, name: str, model: Model, edit: Editor) -> bool:
         assert branch is not None
         inline(node, branch, edit, _names(model), _RULE)
         _fold(model, edit)
-        return any(_refuses(other, edit) for other in graph.nodes)
+        edit.settle()
+        return any(_refuses(other, edit) for other in needed_nodes(graph))
 
 
 def _fold(model: Model, edit: Editor) -> None:

@@ -25,6 +25,13 @@ NOT_PER_CHANNEL: list[dict[str, Any]] = [
 ]
 
 
+SHIFTED: list[dict[str, Any]] = [  # a constant per channel after a convolution
+    {"x": IMAGE, "w": KERNEL, "c": (1, 4, 1, 1), "b": (4,), "conv.strides": [2, 1]},
+    {"c": 0.5},
+    {"x": (2, 6, 9), "w": (4, 3, 3), "c": (4, 1), "conv.group": 2, "conv.strides": [2]},
+]
+
+
 def per_channel(vector: NDArray[Any], weights: Const) -> NDArray[Any]:
     """A vector over output channels, shaped to scale weights [channels, ...]."""
     return vector.reshape(-1, *[1] * (weights.values.ndim - 1))
@@ -102,11 +109,7 @@ def fuse_conv_mul(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -
 @rule(
     "fuse-conv-add",
     min_opset=7,
-    sample=[
-        {"x": IMAGE, "w": KERNEL, "c": (1, 4, 1, 1), "b": (4,), "conv.strides": [2, 1]},
-        {"c": 0.5},
-        {"x": (2, 6, 9), "w": (4, 3, 3), "c": (4, 1), "conv.group": 2, "conv.strides": [2]},
-    ],
+    sample=SHIFTED,
     refuses=NOT_PER_CHANNEL,
 )
 def fuse_conv_add(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
@@ -120,11 +123,7 @@ def fuse_conv_add(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -
 @rule(
     "fuse-conv-sub",
     min_opset=7,
-    sample=[
-        {"x": IMAGE, "w": KERNEL, "c": (1, 4, 1, 1), "b": (4,), "conv.strides": [2, 1]},
-        {"c": 0.5},
-        {"x": (2, 6, 9), "w": (4, 3, 3), "c": (4, 1), "conv.group": 2, "conv.strides": [2]},
-    ],
+    sample=SHIFTED,
     refuses=NOT_PER_CHANNEL,
 )
 def fuse_conv_sub(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
