@@ -320,11 +320,10 @@ def test_an_original_that_does_not_load(prove: Any) -> None:
 
 
 def test_an_opset_newer_than_onnxruntime(prove: Any) -> None:
-    newest = onnx.defs.onnx_opset_version()
-    assert newest > limits().opset
-    reason = unproven(prove(model([node("Relu", ["x"], ["y"])], opset=newest)))
+    beyond = limits().opset + 1  # with some onnxruntimes, newer than onnx itself
+    reason = unproven(prove(model([node("Relu", ["x"], ["y"])], opset=beyond)))
     assert reason.startswith("onnxruntime does not load the original: ")
-    assert str(newest) in reason
+    assert str(beyond) in reason
 
 
 def test_an_original_that_runs_on_no_feed(prove: Any) -> None:

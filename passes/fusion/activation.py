@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from graphopt.passes.guards import adds_no_axes, from_front, whole
-from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
+from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _SIXTH = 1 / 6
 NO_DOUBLES = "runtimes have no HardSigmoid of doubles"
@@ -62,6 +62,36 @@ def gate_hard_swish(op: Ops, x: Var) -> Rewrite:
     yield op.Div(product, 6.0) | op.Mul(product, _SIXTH)  # ----- before => after
     require(x.dtype != np.float64, NO_DOUBLES)
     return op.Mul(x, op.HardSigmoid(x, alpha=_SIXTH, beta=0.5))
+
+
+@rule(
+    "gate-scaled-hard-swish",
+    min_opset=7,
+    max_opset=13,
+    sample=[{"x": (2, 3, 4), "c": 0.03}, {"c": (4,)}],
+)
+def gate_scaled_hard_swish(op: Ops, x: Var, c: Const = absent(1.0)) -> Rewrite:
+    """x * clip(x + 3, 0, 6) * c => x * HardSigmoid(x, 1/6, 1/2) * 6c.
+
+    A factor alone is no node less, but goes into weights; and runtimes keep their layout.
+    """
+    gated = op.Mul(x, op.Clip(op.Add(x, 3.0), min=0.0, max=6.0))
+    yield op.Mul(gated, c) | gated  # --------------------------- before => after
+    require(x.dtype != np.float64, NO_DOUBLES)
+    return op.Mul(op.Mul(x, op.HardSigmoid(x, alpha=_SIXTH, beta=0.5)), c.values * 6)
+
+
+@rule(
+    "fuse-scaled-hard-swish",
+    min_opset=14,
+    sample=[{"x": (2, 3, 4), "c": 0.03}, {"c": (4,)}],
+)
+def fuse_scaled_hard_swish(op: Ops, x: Var, c: Const = absent(1.0)) -> Rewrite:
+    """x * clip(x + 3, 0, 6) * c => HardSwish(x) * 6c."""
+    gated = op.Mul(x, op.Clip(op.Add(x, 3.0), min=0.0, max=6.0))
+    yield op.Mul(gated, c) | gated  # --------------------------- before => after
+    require(x.dtype != np.float64, NO_DOUBLES)
+    return op.Mul(op.HardSwish(x), c.values * 6)
 
 
 @rule("fuse-hard-sigmoid", min_opset=7, sample={"x": (2, 3, 4)})

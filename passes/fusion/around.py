@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.passes.fusion.convolution import IMAGE, KERNEL, channel_vector
 from graphopt.passes.guards import broadcasts_into
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
+_POSITIVE = np.random.default_rng(1).uniform(0.5, 1.5, 6)
 _HEADS = {"x": (2, 3, 8), "w": (8, 6), "b": (6,), "c": 0.3, "target": [2, 3, 2, 3]}
 
 
@@ -33,13 +37,102 @@ def fuse_mul_conv(op: Ops, x: Var, w: Const, c: Const, b: Const = absent()) -> R
     """Conv(x * c, w, b) => Conv(x, w*c, b), c per channel: what is padded with stays zero."""
     conv = op.Conv(op.Mul(x, c), w, b)
     yield conv  # ----------------------------------------------- before => after
-    outputs, width = w.values.shape[:2]
-    group = conv.attr("group")
+    group, width = conv.attr("group"), w.values.shape[1]
     require(c.values.size == 1 or x.shape[1] == group * width, "the channels are spread out")
-    k = channel_vector(c, x.rank, group * width).reshape(group, 1, width)
-    per_group = np.broadcast_to(k, (group, outputs // group, width)).reshape(outputs, width)
-    rest = [1] * (w.values.ndim - 2)
-    return op.Conv(x, w.values * per_group.reshape(outputs, width, *rest), b, **conv.attrs)
+    k = channel_vector(c, x.rank, group * width)
+    return op.Conv(x, w.values * _per_input(k, w, group), b, **conv.attrs)
+
+
+_UNPADDED: list[dict[str, Any]] = [
+    {"x": (2, 6, 8, 7), "w": (4, 6, 3, 3), "b": (4,), "conv.group": None, "conv.pads": [0] * 4}
+    | {"conv.auto_pad": None, "conv.strides": [2, 1]},
+    {"w": (4, 3, 1, 1), "conv.group": 2},
+    {"conv.auto_pad": "VALID", "conv.pads": None},
+]
+_PADDED: list[dict[str, Any]] = [
+    {"conv.pads": [0, 1, 0, 0]},
+    {"conv.auto_pad": "SAME_UPPER", "conv.pads": None},
+]
+
+
+def _shifted(w: Const, shift: NDArray[Any], group: int) -> NDArray[Any]:
+    """What a constant per input channel adds to each output channel, where nothing is padded."""
+    outputs, width = w.values.shape[:2]
+    total = w.values.reshape(group, outputs // group, width, -1).sum(-1, dtype=np.float64)
+    added = np.einsum("gow,gw->go", total, shift.reshape(group, width).astype(np.float64))
+    return np.asarray(added.reshape(outputs))
+
+
+def _pads_nothing(conv: Var) -> bool:
+    stated = conv.attr("auto_pad") in ("NOTSET", "VALID", None)
+    return stated and not np.any(conv.attr("pads") or 0)
+
+
+@rule(
+    "fuse-add-conv",
+    min_opset=7,
+    sample=[
+        {**_UNPADDED[0], "c": (6, 1, 1)},
+        {**_UNPADDED[1], "c": (1, 6, 1, 1)},
+        {**_UNPADDED[2], "c": 0.5},
+    ],
+    refuses=[
+        *_PADDED,
+        {"c": (7,)},
+        {"c": (2, 1, 1, 1)},
+        {"x": (2, 1, 8, 7)},
+        {"x": (6, 8, 7), "c": (1, 6, 1, 1)},
+    ],
+)
+def fuse_add_conv(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """Conv(x + c, w, b) => Conv(x, w, b + sum(w*c)), c per channel, where nothing is padded."""
+    conv = op.Conv(op.Add(x, c), w, b)
+    yield conv  # ----------------------------------------------- before => after
+    require(_pads_nothing(conv), "it pads, and what it pads with is not moved")
+    group, width = conv.attr("group"), w.values.shape[1]
+    require(c.values.size == 1 or x.shape[1] == group * width, "the channels are spread out")
+    bias = b.values + _shifted(w, channel_vector(c, x.rank, group * width), group)
+    return op.Conv(x, w, bias, **conv.attrs)
+
+
+@rule(
+    "fuse-batchnorm-conv",
+    min_opset=9,
+    sample=[
+        {**each, "gamma": _POSITIVE, "beta": (6,), "mean": (6,), "var": _POSITIVE}
+        for each in _UNPADDED
+    ],
+    refuses=_PADDED,
+)
+def fuse_batchnorm_conv(
+    op: Ops,
+    x: Var,
+    w: Const,
+    gamma: Const,
+    beta: Const,
+    mean: Const,
+    var: Const,
+    b: Const = absent(0.0),
+) -> Rewrite:
+    """Conv(BatchNormalization(x), w, b) => Conv(x, w*k, b + sum(w*(beta - mean*k))), k = gamma/std.
+
+    Only where nothing is padded: what is padded with is not normalised.
+    """
+    bn = op.BatchNormalization(x, gamma, beta, mean, var, training_mode=0)
+    conv = op.Conv(bn, w, b)
+    yield conv  # ----------------------------------------------- before => after
+    require(_pads_nothing(conv), "it pads, and what it pads with is not normalised")
+    group = conv.attr("group")
+    k = gamma.values / np.sqrt(var.values + bn.attr("epsilon"))
+    bias = b.values + _shifted(w, beta.values - mean.values * k, group)
+    return op.Conv(x, w.values * _per_input(k, w, group), bias, **conv.attrs)
+
+
+def _per_input(k: NDArray[Any], w: Const, group: int) -> NDArray[Any]:
+    """A vector over input channels, shaped to scale weights [outputs, inputs / group, ...]."""
+    outputs, width = w.values.shape[:2]
+    spread = np.broadcast_to(k.reshape(group, 1, width), (group, outputs // group, width))
+    return spread.reshape(outputs, width, *[1] * (w.values.ndim - 2))
 
 
 @rule(
