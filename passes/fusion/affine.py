@@ -9,6 +9,7 @@ from graphopt.passes.guards import broadcasts_into
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _CHANNELS = np.random.default_rng(0).uniform(0.5, 1.5, 3).reshape(3, 1, 1)
+_POSITIVE = [0.5, 0.7, 1.1]
 
 
 @rule(
@@ -46,6 +47,31 @@ def fuse_scale_shift(op: Ops, x: Var, c: Const, d: Const) -> Rewrite:
     require(1 < channels == x.shape[1], "the constants are not per channel")
     scale, shift = (channel_vector(each, x.rank, channels) for each in (c, d))
     zeros = np.zeros(channels, scale.dtype)
+    return op.BatchNormalization(x, scale, shift, zeros, zeros + 1, epsilon=0.0)
+
+
+@rule(
+    "fuse-mul-batchnorm",
+    min_opset=9,
+    sample=[
+        {"x": (2, 3, 4, 5), "c": 0.5, "gamma": (3,), "beta": (3,), "mean": (3,), "var": _POSITIVE},
+        {"c": _CHANNELS},
+        {"x": (2, 3), "c": [[0.5]]},
+    ],
+    refuses=[{"c": (5,)}, {"x": (2, 1, 4, 5), "c": _CHANNELS}, {"c": (2, 1, 1, 1)}],
+)
+def fuse_mul_batchnorm(
+    op: Ops, x: Var, c: Const, gamma: Const, beta: Const, mean: Const, var: Const
+) -> Rewrite:
+    """BatchNormalization(x * c, gamma, beta, mean, var) => the same of x, gamma times c."""
+    bn = op.BatchNormalization(op.Mul(x, c), gamma, beta, mean, var, training_mode=0)
+    yield bn  # ------------------------------------------------- before => after
+    channels = len(gamma.values)
+    require(c.values.size == 1 or x.shape[1] == channels, "the channels are spread out")
+    k = gamma.values / np.sqrt(var.values + bn.attr("epsilon"))
+    zeros = np.zeros_like(k)
+    shift = beta.values - mean.values * k
+    scale = k * channel_vector(c, x.rank, channels)
     return op.BatchNormalization(x, scale, shift, zeros, zeros + 1, epsilon=0.0)
 
 
