@@ -35,6 +35,10 @@ class Bound(Const):
         return known.shape
 
     @property
+    def is_never_empty(self) -> bool:
+        return all(map(self._context.types.proofs.is_nonzero, self.shape))
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         known = self._context.types[self.value]
         if known is None:

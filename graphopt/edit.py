@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -64,6 +64,10 @@ class Editor:
         """Tell what is proven of a value and inference does not find; it stays true for good."""
         self._proofs.types[value] = known
         self.types[value] = known
+
+    def prove_nonzero(self, atoms: Collection[Hashable]) -> None:
+        """Tell what open sizes are zero in no run that succeeds; it stays true for good."""
+        self._proofs.nonzero |= set(atoms)
 
     def forget_types(self) -> None:
         """Infer again at the next question: constants that came up since may prove more."""

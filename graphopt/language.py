@@ -51,6 +51,11 @@ class Var:
         return len(self.shape)
 
     @property
+    def is_never_empty(self) -> bool:
+        """True where no size is zero in any run: proven as numbers, or by what would fail."""
+        return self._unavailable()
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Element type as numpy has it (bfloat16 and narrower as ml_dtypes)."""
         return self._unavailable()

@@ -77,6 +77,7 @@ class Proofs:
 
     types: dict[Value, TensorType] = field(default_factory=dict)
     terms: dict[str, Term] = field(default_factory=dict)
+    nonzero: set[Hashable] = field(default_factory=set)  # atoms: zero in no run that succeeds
     before: dict[Value, TensorType] = field(default_factory=dict)  # as last inferred
     inferred: dict[Hashable, dict[Hashable, tuple[TensorType | None, ...]]] = field(
         default_factory=dict
@@ -86,7 +87,8 @@ class Proofs:
     def copy(self) -> Proofs:
         """The same proofs; what is added to one is not in the other."""
         before = dict(self.before)
-        return Proofs(dict(self.types), dict(self.terms), before, self.inferred, self._serial)
+        types, terms, nonzero = dict(self.types), dict(self.terms), set(self.nonzero)
+        return Proofs(types, terms, nonzero, before, self.inferred, self._serial)
 
     def dim(self, size: Size) -> int | str | None:
         """The size as shapes state it; None where no name says what it is."""
@@ -99,12 +101,24 @@ class Proofs:
         """What a symbol in a shape stands for."""
         return self.terms.get(symbol) or size_terms.atom(symbol)
 
+    def is_nonzero(self, size: int | str | None) -> bool:
+        """True where the size, as shapes state it, is proven to be zero in no run."""
+        if size is None:
+            return False
+        return size_terms.is_nonzero(
+            size if isinstance(size, int) else self.size(size), self.nonzero
+        )
+
     def settle(self, known: dict[Value, TensorType]) -> None:
         """Give new names to what inference just named, and let those of before mean the same."""
         self._replace(known, self._named(known))
         learnt = self._learnt(known)
         self._replace(known, learnt)
         self._replace(self.types, learnt)
+        for atom in self.nonzero & learnt.keys():
+            size = size_terms.replaced(learnt[atom], learnt)
+            if isinstance(size, Term) and len(size.parts) == 1:  # then so is each factor
+                self.nonzero |= size.atoms
 
     def _named(self, known: dict[Value, TensorType]) -> dict[Hashable, Size]:
         """Names for what inference just named: those of before where the same value had one."""

@@ -6,7 +6,7 @@ compare equal: (a + b) * 2 and 2*b + a*2 are one Term. Atoms are whatever cannot
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -128,6 +128,14 @@ def solved(sizes: Sequence[Size], target: Sequence[Size], *, zeros_copy: bool) -
         free = quotient(product(sizes), others) if others != 0 else None
         found[found.index(-1)] = free
     return found
+
+
+def is_nonzero(size: Size, nonzero: Container[Hashable]) -> bool:
+    """True where the size is not zero, given that none of the `nonzero` atoms is."""
+    if isinstance(size, int):
+        return size != 0
+    counts = any(all(each in nonzero for each, _ in monomial) for monomial, _ in size.parts)
+    return counts and (len(size.parts) == 1 or size.is_size)
 
 
 def replaced(size: Size, by: Mapping[Hashable, Size]) -> Size:

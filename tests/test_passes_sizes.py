@@ -12,6 +12,7 @@ from graphopt import size_terms
 from graphopt.edit import Editor
 from graphopt.ir import Model
 from graphopt.passes.canonicalize.proven_sizes import prove_sizes
+from graphopt.proofs import Proofs, TensorType
 from graphopt.runtime import Session
 from graphopt.size_terms import Open, Size, Term
 from tests import goldens, graphs
@@ -75,6 +76,18 @@ def test_what_is_never_negative() -> None:
     assert size_terms.atom(Open("v", 0, is_size=True)).is_size
 
 
+def test_what_is_never_zero() -> None:
+    product = size_terms.multiply(A, B)
+    assert size_terms.is_nonzero(3, ())
+    assert not size_terms.is_nonzero(0, "ab")
+    assert size_terms.is_nonzero(product, "ab")
+    assert not size_terms.is_nonzero(product, "a")
+    assert size_terms.is_nonzero(size_terms.add(product, A), "a")
+    assert size_terms.is_nonzero(size_terms.add(B, 1), ())
+    assert not size_terms.is_nonzero(size_terms.subtract(A, B), "ab")
+    assert not size_terms.is_nonzero(size_terms.subtract(A, 1), "a")
+
+
 def test_equal_sizes_have_one_name() -> None:
     one = size_terms.add(size_terms.multiply(A, B), size_terms.multiply(A, A))
     other = size_terms.multiply(size_terms.add(B, A), A)
@@ -82,6 +95,19 @@ def test_equal_sizes_have_one_name() -> None:
     assert isinstance(other, Term)
     assert size_terms.spelled(one) == size_terms.spelled(other) == "a*b+a^2"
     assert size_terms.spelled(size_terms.atom(Open("v", 0, is_size=True))) is None
+
+
+def test_what_is_never_zero_goes_by_later_names() -> None:
+    x = Model.load(graphs.model([graphs.node("Relu", ["x"], ["y"])])).graph.values["x"]
+    proofs = Proofs(before={x: TensorType(1, ("open__0",))}, nonzero={"open__0"})
+    later = proofs.dim(size_terms.multiply(A, size_terms.multiply(B, 4)))
+    proofs.settle({x: TensorType(1, (later,))})
+    assert proofs.is_nonzero("a")
+    assert proofs.is_nonzero("b")
+    assert proofs.is_nonzero(later)
+    assert not proofs.is_nonzero("c")
+    assert not proofs.is_nonzero(None)
+    assert not Proofs().is_nonzero(later)
 
 
 # -- what is proven --------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class SimplifyShapes:
     def run(self, model: Model, edit: Editor) -> None:
         facts = prove_sizes(model, edit)
         nonzero = nonzero_atoms(model.graph, facts)
+        edit.prove_nonzero(nonzero)
         mark = edit.mark()
         for graph in model.graphs():
             _merge(graph, facts, edit)

@@ -12,6 +12,7 @@ from graphopt.passes.guards import broadcasts_into, is_identity
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _HEADS = {"q": (2, 3, 5, 4), "k": (2, 3, 6, 4), "v": (2, 3, 6, 7)}
+_CAUSAL = np.where(np.tri(5, 6) > 0, 0.0, -np.inf)
 
 
 @rule(
@@ -21,8 +22,11 @@ _HEADS = {"q": (2, 3, 5, 4), "k": (2, 3, 6, 4), "v": (2, 3, 6, 7)}
         {**_HEADS, "c": 0.3, "d": 1.7, "mask": (2, 1, 5, 6), "keys.perm": [0, 1, 3, 2]},
         {"k": (2, 6, 3, 4), "keys.perm": [0, 2, 3, 1], "mask": (5, 6), "c": [[0.5]]},
         {"mask": (3, 5, 6)},
+        {"mask": _CAUSAL},
     ],
     refuses=[
+        {"mask": np.where(np.tri(5, 6, -1) > 0, 0.0, -np.inf)},
+        {"mask": np.full((2, 1, 5, 6), float(np.finfo(np.float32).min))},
         {"v": (1, 3, 6, 7)},
         {"q": (2, 1, 5, 4)},
         {"k": (3, 6, 4), "keys.perm": [0, 2, 1]},
@@ -37,13 +41,15 @@ def fuse_attention(
     q: Var,
     k: Var,
     v: Var,
-    mask: Var = absent(),
+    mask: Const = absent(),
     c: Const = absent(1.0),
     d: Const = absent(1.0),
 ) -> Rewrite:
     """Softmax(c * q @ transpose(k) + mask) @ v => Attention(q, k, v, mask, scale=c).
 
-    A row whose mask is all -inf is NaN in parts; the operator makes it zeros.
+    Where a row's scores are all -inf or the lowest number there is, the parts give NaN or the mean
+    of v; onnxruntime's operator takes the row for masked and gives zeros. So the mask is one that
+    can be looked at. And the operator takes nothing empty, which the parts do.
     """
     keys = op.Transpose(k)
     product = op.MatMul(q, keys)
@@ -54,12 +60,15 @@ def fuse_attention(
     require(q.rank == keys.rank == v.rank == 4, "there is no axis of heads")
     batch = q.shape[:2]
     require(None not in batch and batch == keys.shape[:2] == v.shape[:2], "heads are shared")
+    require(q.is_never_empty and k.is_never_empty and v.is_never_empty, "one may be empty")
     require(c.scalar() > 0 and d.scalar() > 0, "the scale is not positive")
     if not mask.is_absent:
         seen = (*batch, q.shape[2], keys.shape[3])
         require(2 <= mask.rank <= 4 and None not in mask.shape, "the mask has other axes")
         require(mask.shape[-2:] == seen[2:], "the mask spreads out")
         require(broadcasts_into(mask.shape, seen), "the mask adds a batch or heads")
+        low = np.finfo(q.dtype).min / 2  # from above it, only scores that overflow lead to the end
+        require((mask.values.max(axis=-1) > low).all(), "a row may be masked altogether")
     order = keys.attr("perm") or [3, 2, 1, 0]
     order = [*order[:2], order[3], order[2]]
     apart = k if is_identity(order) else op.Transpose(k, perm=order)

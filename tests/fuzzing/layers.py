@@ -115,9 +115,20 @@ def dense(d: Drawer, s: Scope) -> None:
         y = d.add(s, d.rng.choice(["Add", "Mul", "Sub"]), pair, FLOAT, broadcast(y, factor))
 
 
+def _tokens(d: Drawer, s: Scope) -> Typed:
+    """Rows of eight; where their number is known, an operator may take the place of the parts."""
+    if d.rng.random() < 0.5:
+        return d.pick(s, FLOAT, 3, lambda v: v.shape[2] == fixed(8))
+    x = d.pick(s, FLOAT, 2, lambda v: all(dim == fixed(dim[0]) and dim[0] for dim in v.shape))
+    rows, inner = x.shape
+    y = d.add(s, "MatMul", [x, d.floats(s, inner[0], 8)], FLOAT, (rows, fixed(8)))
+    target = d.ints(s, [1, rows[0], 8])
+    return d.add(s, "Reshape", [y, target], FLOAT, (fixed(1), rows, fixed(8)))
+
+
 def attention(d: Drawer, s: Scope) -> None:
     """softmax(scale q k' + mask) v, heads split off or not."""
-    x = d.pick(s, FLOAT, 3, lambda v: v.shape[2] == fixed(8))
+    x = _tokens(d, s)
     batch, length, _ = x.shape
     heads = d.rng.random() < 0.5
 
@@ -141,6 +152,11 @@ def attention(d: Drawer, s: Scope) -> None:
         q = d.add(s, "Mul", [q, scale], FLOAT, q.shape)
     scores = d.add(s, "MatMul", [q, k], FLOAT, (*q.shape[:-1], length))
     scores = d.add(s, d.rng.choice(["Mul", "Div"]), [scores, scale], FLOAT, scores.shape)
+    if length == fixed(length[0]) and d.rng.random() < 0.6:
+        masked = d.rng.choice([-np.inf, np.finfo(np.float32).min, -1e4])
+        seen = np.tri(length[0], k=d.rng.randint(-1, 1)) > 0  # the first row sees nothing, at -1
+        mask = d.stored(s, np.where(seen, 0, masked).astype(np.float32))
+        scores = d.add(s, "Add", [scores, mask], FLOAT, scores.shape)
     weights = d.add(s, "Softmax", [scores], FLOAT, scores.shape, axis=scores.rank - 1)
     y = d.add(s, "MatMul", [weights, v], FLOAT, v.shape)
     if heads:
