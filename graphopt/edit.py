@@ -232,10 +232,10 @@ class Editor:
         if graph.inputs_are_frozen:
             proto = onnx.NodeProto(op_type="Constant", name=name, output=[name])
             proto.attribute.append(onnx.helper.make_attribute("value", tensor))
-            value = self._add_value(graph, name)
+            value = self.add_value(graph, name)
             self._insert(Node(proto, graph, position), [], [value])
             return value
-        value = self._add_value(graph, name)
+        value = self.add_value(graph, name)
         value.weight = Weight(self.model.store.kept(tensor), self.model.store)
         return value
 
@@ -257,7 +257,7 @@ class Editor:
         node.rewired = True
         outputs = []
         for name in proto.output:
-            known[name] = results[name] if name in results else self._add_value(graph, name)
+            known[name] = results[name] if name in results else self.add_value(graph, name)
             outputs.append(known[name])
         self._insert(node, [known[name] if name else None for name in proto.input], outputs)
         return node
@@ -269,7 +269,8 @@ class Editor:
         node.graph._restore_node(node)
         self._journal.append(lambda: node.graph._remove_node(node))
 
-    def _add_value(self, graph: Graph, name: str) -> Value:
+    def add_value(self, graph: Graph, name: str) -> Value:
+        """A new name, which nothing computes yet."""
         value = Value(name, graph)
         graph._restore_value(value)
         self._journal.append(lambda: graph._remove_value(value))
