@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import onnx
-
-from graphopt import exporter, output
 from graphopt.errors import RuntimeFailure
+from graphopt.exposed import write_exposed
 from graphopt.importer import dependencies
 from graphopt.ir import Model, Node, Value
 from graphopt.judge import Flat, OutputState, flatten, is_float, judge
-from graphopt.runtime import Level, Session, limits
+from graphopt.runtime import Level, Session
 
 Run = dict[str, Flat]
 """Outputs by name, of one feed."""
@@ -131,18 +129,6 @@ class Pair:
             if wrong or telling:
                 errors[name] = max(wrong, default=0.0)
         return errors
-
-
-def write_exposed(model: Model, path: Path, exposed: Sequence[str] = ()) -> Path:
-    """Write the model as onnxruntime reads it, values inside it as further outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(exporter.to_hollow(model))
-    proto.ir_version = min(proto.ir_version, limits().ir)
-    present = {info.name for info in proto.graph.output}
-    for name in exposed:
-        if name not in present:
-            proto.graph.output.add(name=name)
-    return output.write(proto, model.store, path)[0]
 
 
 def run(session: Session, feed: Mapping[str, Any], names: Sequence[str]) -> Run:

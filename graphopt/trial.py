@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from graphopt import nudge, oracle, proposals, ties
 from graphopt.data import given_feeds
-from graphopt.divergence import Divergence, Pair, Run, run, write_exposed
+from graphopt.divergence import Divergence, Pair, Run, run
 from graphopt.errors import RuntimeFailure
+from graphopt.exposed import write_exposed
 from graphopt.fixed import FixedSession, Shapes
 from graphopt.ir import Model
 from graphopt.judge import TOLERANCES, Norms, OutputState, judge
