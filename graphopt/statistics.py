@@ -306,7 +306,8 @@ def sweep(
         if value not in statistics.unseen and not statistics.has_shape(value):
             statistics.unseen[value] = "it was left out on every feed"
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        with output_errors(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(kept)
     return statistics
 
