@@ -1,4 +1,4 @@
-"""What onnxruntime reports about a model: time per node, memory of a run, operators it really runs.
+"""What onnxruntime reports about a run: time per node, and memory.
 
 Each function loads the model in a session of its own and removes the files onnxruntime writes.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import collections
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import onnx
 
 from graphopt.runtime import Feed, Level, Session
 
@@ -167,89 +165,3 @@ def _own_times(events: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
             inner += ended.pop()["dur"]
         ended.append(event)
         yield event, max(0.0, event["dur"] - inner)
-
-
-_INTEGER_KERNELS = frozenset(
-    {"QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"}
-)
-
-
-@dataclass(frozen=True)
-class Census:
-    """Operators of the graph that onnxruntime really runs, bodies of If, Loop and Scan included.
-
-    `counts` is keyed by operator, prefixed with its domain unless that is ai.onnx
-    (`com.microsoft::FusedConv`). `constant_dequantize` counts DequantizeLinear nodes on weights:
-    each was meant to fuse into an integer kernel, did not, and now costs time on every run.
-    """
-
-    counts: Mapping[str, int]
-    constant_dequantize: int
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes there are in all."""
-        return sum(self.counts.values())
-
-    @property
-    def fused_int8(self) -> int:
-        """How many nodes compute on integer weights or activations (8 bits or fewer)."""
-        return sum(n for key, n in self.counts.items() if _is_integer(key.rpartition("::")[2]))
-
-
-def _is_integer(op: str) -> bool:
-    return (
-        op.startswith(("QLinear", "QGemm", "MatMulInteger", "ConvInteger"))
-        or op in _INTEGER_KERNELS
-    )
-
-
-def census(
-    model: Path | bytes,
-    *,
-    optimizations: Level = "default",
-    threads: int = 0,
-    custom_ops: Sequence[Path] = (),
-    folder: Path | None = None,
-) -> Census:
-    """Count the operators left after onnxruntime's own optimisations at this level.
-
-    The optimised model is written to a temporary folder, weights beside it (so models over 2 GB
-    work and only structure is parsed): disk space of about the model's size is needed meanwhile.
-    """
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as temporary:
-        file = Path(temporary) / "optimized.onnx"
-        external = {
-            "session.optimized_model_external_initializers_file_name": "weights",
-            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        }
-        Session(
-            model,
-            optimizations=optimizations,
-            threads=threads,
-            custom_ops=custom_ops,
-            folder=folder,
-            optimized_model=file,
-            config=external,
-        ).close()
-        proto = onnx.load(file, load_external_data=False)
-    counts: collections.Counter[str] = collections.Counter()
-    left = 0
-    for node, constants in _nodes(proto.graph, frozenset()):
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        counts[f"{domain}::{node.op_type}" if domain else node.op_type] += 1
-        left += node.op_type == "DequantizeLinear" and node.input[0] in constants
-    return Census(dict(counts.most_common()), left)
-
-
-def _nodes(
-    graph: onnx.GraphProto, outer: frozenset[str]
-) -> Iterator[tuple[onnx.NodeProto, frozenset[str]]]:
-    """Every node, bodies included, with the names of the constants that it can see."""
-    # onnxruntime writes Constant nodes as initializers, at every level.
-    constants = outer | {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        yield node, constants
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _nodes(body, constants)

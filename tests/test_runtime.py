@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import probe as probe_module
 from graphopt import trace
+from graphopt.census import census
 from graphopt.errors import RuntimeFailure
 from graphopt.probe import probe
 from graphopt.runtime import Port, Session, failure, limits
@@ -192,7 +193,7 @@ def test_external_data_of_bytes_may_be_any_range_of_any_file(tmp_path: Path) -> 
     with Session(model, folder=tmp_path) as session:
         result = session.run({"x": np.ones(1, np.float32)})["y"]
     np.testing.assert_array_equal(result, weights + 1)
-    counted = trace.census(model, folder=tmp_path)
+    counted = census(model, folder=tmp_path)
     assert counted.counts == {"Add": 1}
     feed = {"x": np.ones(1, np.float32)}
     assert trace.profile(model, feed, folder=tmp_path)[0].op == "Add"
@@ -630,118 +631,6 @@ def test_memory_follows_the_order() -> None:
 
     assert 4 <= peak() < 4.1
     assert 8 <= peak(order="priority") < 8.1
-
-
-# ----------------------------------------------------------------------------------- census
-
-
-def test_census_counts_bodies_and_domains(temporary: Path) -> None:
-    counted = trace.census(looping(), optimizations="off")
-    assert counted.counts == {
-        "If": 1,
-        "Exp": 1,
-        "Neg": 1,
-        "Loop": 1,
-        "Identity": 1,
-        "MatMul": 1,
-    }
-    assert counted.nodes == 6
-    assert not list(temporary.iterdir())
-
-
-def test_census_shows_what_each_level_fuses() -> None:
-    constants = [const("half", 0.5), const("one", 1.0), const("root", np.sqrt(2.0))]
-    nodes = [
-        node("Div", "x root", "d"),
-        node("Erf", "d", "e"),
-        node("Add", "e one", "a"),
-        node("Mul", "x a", "m"),
-        node("Mul", "m half", "y"),
-    ]
-
-    def gelu(opset: int) -> bytes:
-        return build(nodes, [value("x", ["N", 4])], [value("y")], constants, opset=opset)
-
-    assert trace.census(gelu(17), optimizations="off").nodes == 5
-    assert trace.census(gelu(17), optimizations="extended").counts == {"com.microsoft::Gelu": 1}
-    assert trace.census(gelu(20), optimizations="extended").counts == {"Gelu": 1}  # standard now
-    conv = build(
-        [node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Relu", "c", "y")],
-        [value("x", [1, 16, 8, 8])],
-        [value("y")],
-        [const("w", np.ones((16, 16, 3, 3)))],
-    )
-    assert trace.census(conv, optimizations="basic").counts == {"Conv": 1, "Relu": 1}
-    assert trace.census(conv, optimizations="extended").counts == {"com.microsoft::FusedConv": 1}
-
-
-def quantized_matmul() -> bytes:
-    """Activations u8 and weights s8 per channel, as DequantizeLinear around a MatMul."""
-    nodes = [
-        node("QuantizeLinear", "x s zu", "q"),
-        node("DequantizeLinear", "q s zu", "xd"),
-        node("DequantizeLinear", "w ws wz", "wd", axis=1),
-        node("MatMul", "xd wd", "y"),
-    ]
-    weights = [
-        const("s", 0.1),
-        const("zu", 128, np.uint8),
-        const("w", np.ones((16, 8)), np.int8),
-        const("ws", np.full(8, 0.1)),
-        const("wz", np.zeros(8), np.int8),
-    ]
-    return build(nodes, [value("x", ["N", 16])], [value("y")], weights)
-
-
-def test_census_sees_integer_kernels() -> None:
-    fused = trace.census(quantized_matmul())
-    assert fused.counts["com.microsoft::MatMulIntegerToFloat"] == 1
-    assert (fused.fused_int8, fused.constant_dequantize) == (1, 0)
-    raw = trace.census(quantized_matmul(), optimizations="off")
-    assert (raw.fused_int8, raw.constant_dequantize) == (0, 1)
-
-
-def test_weight_only_conv_keeps_its_dequantize() -> None:
-    """onnxruntime does not fold DequantizeLinear of a weight: it runs every time."""
-    model = build(
-        [node("DequantizeLinear", "w s z", "d"), node("Conv", "x d", "y")],
-        [value("x", [1, 4, 8, 8])],
-        [value("y")],
-        [const("w", np.ones((4, 4, 3, 3)), np.int8), const("s", 0.1), const("z", 0, np.int8)],
-    )
-    assert trace.census(model).constant_dequantize == 1
-
-
-def test_constants_of_outer_graphs_and_constant_nodes_are_constants() -> None:
-    then = helper.make_graph([node("DequantizeLinear", "w s", "t")], "then", [], [value("t")])
-    constant = node("Constant", "", "v", value=const("", np.ones(4), np.int8))
-    other = helper.make_graph(
-        [constant, node("DequantizeLinear", "v s", "e")], "else", [], [value("e")]
-    )
-    model = build(
-        [node("If", "c", "y", then_branch=then, else_branch=other)],
-        [value("c", [], TensorProto.BOOL)],
-        [value("y")],
-        [const("w", np.ones(4), np.int8), const("s", 0.5)],
-    )
-    counted = trace.census(model, optimizations="off")
-    assert counted.constant_dequantize == 2
-    assert counted.counts == {"DequantizeLinear": 2, "If": 1}  # onnxruntime lifted the Constant
-
-
-def test_census_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They go to a second file, which also lifts the 2 GB limit of a protobuf."""
-    sizes = []
-    load = onnx.load
-
-    def spy(file: Path, **options: Any) -> onnx.ModelProto:
-        sizes.append(file.stat().st_size)
-        return load(file, **options)
-
-    monkeypatch.setattr(onnx, "load", spy)
-    assert trace.census(chain(1)).counts == {"Exp": 1, "MatMul": 1}
-    assert sizes
-    assert max(sizes) < 4096
 
 
 # ------------------------------------------------------------------------------------ probe
