@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from graphopt.executed import Executed
+from graphopt.executed import DEQUANTIZE, QUANTIZE, Executed
 from graphopt.ir import Node, Value
 from graphopt.marked import MarkedCopy
 from graphopt.runtime import Level
-
-QUANTIZE: Final = "QuantizeLinear"
-DEQUANTIZE: Final = "DequantizeLinear"
 
 _INTEGER_PREFIXES: Final = (
     "ConvInteger",

@@ -27,6 +27,8 @@ CONVERSIONS: Final = frozenset(
         "Transpose",
     }
 )
+QUANTIZE: Final = "QuantizeLinear"
+DEQUANTIZE: Final = "DequantizeLinear"
 _SUFFIXES: Final = re.compile(r"(_token_\d+)?(_bn)?(_nchwc)?(_token_\d+)?$")
 _LARGEST_TAIL: Final = 16  # nodes that may have gone into the node before them
 
@@ -185,15 +187,22 @@ class Executed:
     def _extends(
         self, node: Node, start: Value, inside: dict[Node, None], read_from: set[Node]
     ) -> bool:
-        """A node without an owner, all of whose operands the executed node has or reads."""
-        return node not in self.owners and all(
-            value is None
-            or value is start
-            or value.producer is None
-            or value.producer in inside
-            or self.owners.get(value.producer) in read_from
-            or constant_of(value, self.original.store) is not None
-            for value in node.inputs
+        """A node without an owner, all of whose operands the executed node has or reads.
+
+        Integer kernels end in integers: DequantizeLinear went into what reads it.
+        """
+        return (
+            node not in self.owners
+            and node.op != DEQUANTIZE
+            and all(
+                value is None
+                or value is start
+                or value.producer is None
+                or value.producer in inside
+                or self.owners.get(value.producer) in read_from
+                or constant_of(value, self.original.store) is not None
+                for value in node.inputs
+            )
         )
 
     def _claim(self, owner: Node, nodes: Iterable[Node]) -> None:

@@ -122,11 +122,11 @@ def extract(model: Model, nodes: Iterable[Node], shapes: Shapes) -> onnx.ModelPr
             _declared(value, shapes) if known else onnx.ValueInfoProto(name=value.name)
         )
     constants = _constants(inside)
-    for value in constants:
-        if value.weight is not None and value.weight.is_sparse:
-            graph.sparse_initializer.append(value.weight.proto)
-        elif value.weight is not None:
-            graph.initializer.append(value.weight.proto)
+    for weight in (value.weight for value in constants if value.weight is not None):
+        if isinstance(weight.proto, onnx.SparseTensorProto):
+            graph.sparse_initializer.append(weight.proto)
+        else:
+            graph.initializer.append(weight.proto)
     stated = dict.fromkeys(value.producer for value in constants if value.producer is not None)
     ordered = [*stated, *operands_first(inside, set(inside))]
     graph.node.extend(exporter._export_node(node) for node in ordered)

@@ -15,7 +15,7 @@ from graphopt.regions import Region, Shapes, boundary, fixed, operands_first
 from graphopt.storage import Store
 
 # Elements up to which the values of a constant count: sizes, axes, indices, flags.
-_VALUES_UP_TO: Final = {
+_VALUES_UP_TO: Final[dict[int, int]] = {
     onnx.TensorProto.BOOL: 64,
     onnx.TensorProto.INT32: 8,  # longer ones may be quantized biases
     onnx.TensorProto.INT64: 64,

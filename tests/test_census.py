@@ -261,6 +261,19 @@ def test_a_residual_sum_goes_into_the_convolution_that_reads_the_other_operand()
     assert found["y"] == ("Conv", ["y"])
 
 
+def test_an_integer_convolution_ends_in_integers() -> None:
+    """Its output loses its name to another layout, and the next one takes the DequantizeLinear."""
+    sigmoid = [
+        node("Sigmoid", "a", "p"),
+        node("QuantizeLinear", "p s z", "pq"),
+        node("DequantizeLinear", "pq s z", "b"),
+    ]
+    found = aligned(convolutions(sigmoid, "y"))
+    assert found["aq"] == ("QLinearConv", ["aq", "c1", "w1", "xd"])
+    assert found["pq"] == ("QLinearSigmoid", ["a", "p", "pq"])
+    assert found["yq"] == ("QLinearConv", ["b", "c2", "w2", "yq"])
+
+
 def test_a_fused_matmul_takes_the_transpose_before_it() -> None:
     nodes = [
         node("Exp", "k", "e"),

@@ -150,7 +150,8 @@ def check_extract(model: Model, nodes: Sequence[Node], feed: Mapping[str, Any], 
     before = exporter.to_proto(model).SerializeToString()
     made = extract(model, nodes, shapes)
     assert exporter.to_proto(model).SerializeToString() == before
-    onnx.checker.check_model(made, full_check=True)
+    # onnx's inference does not know sparse weights
+    onnx.checker.check_model(made, full_check=not made.graph.sparse_initializer)
     assert [i.name for i in made.graph.input] == names(inputs)
     assert [o.name for o in made.graph.output] == names(outputs)
     assert made == extract(model, list(reversed(nodes)), shapes)
