@@ -24,6 +24,7 @@ from graphopt.passes.canonicalize.refute_branches import RefuteBranches
 from graphopt.passes.canonicalize.remove_dead import RemoveDead
 from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.canonicalize.strip_traces import StripTraces
+from graphopt.passes.fusion.merge_projections import MergeProjections
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 from graphopt.passes.rules import Canonicalize, Fuse
 
@@ -42,6 +43,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
         FoldConstants,
         MoveTransposes,
         Fuse,
+        MergeProjections,
         MergeDuplicates,
         MergeConcats,
         SimplifyShapes,
@@ -63,7 +65,8 @@ _ROUNDS: Final = ", ".join([_ROUND] * 3)
 _PLAIN: Final = f"inline-functions, freeze-parameters, lift-constants, {_ROUNDS}"
 _CLEANUP: Final = f"{_PLAIN}, fold-constants, merge-duplicates, remove-dead, strip-traces"
 _FUSE: Final = (
-    f"{_PLAIN}, fuse, {_ROUND}, fold-constants, merge-duplicates, remove-dead, strip-traces"
+    f"{_PLAIN}, fuse, {_ROUND}, merge-projections, fuse, move-transposes, "
+    "fold-constants, merge-duplicates, remove-dead, strip-traces"
 )
 LEVELS: Final[dict[int, str]] = {0: "", 1: _CLEANUP, 2: _FUSE, 3: _FUSE}
 

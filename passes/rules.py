@@ -35,6 +35,7 @@ from graphopt.passes.fusion import (
     matrix,
     normalization,
     rms,
+    tokens,
     transposed,
 )
 from graphopt.rewrite import apply_rules
@@ -49,6 +50,7 @@ FAMILIES: Final = {
         normalization,
         rms,
         attention,
+        tokens,
         activation,
         convolution,
         transposed,

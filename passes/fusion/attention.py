@@ -76,6 +76,48 @@ def fuse_attention(
 
 
 @rule(
+    "fuse-score-scale",
+    min_opset=7,
+    sample=[
+        {"x": (2, 3, 8), "w": (8, 6), "b": (6,), "target": [2, 3, 2, 3], "y": (2, 2, 3, 5)}
+        | {"c": 0.3, "d": 1.7, "moved.perm": [0, 2, 1, 3]},
+        {"w": (2, 8, 6), "c": [[[2.5]]], "d": [1.7]},
+        {"x": ("n", 3, 8), "target": [0, -1, 2, 3], "y": (3, 5)},
+    ],
+    refuses=[
+        {"c": [0.3, 0.4, 0.5, 0.6, 0.7], "d": [0.3, 0.4, 0.5, 0.6, 0.7]},
+        {"c": [[[[[0.3]]]]], "d": [[[[[0.3]]]]]},
+        {"c": 0.0, "d": 0.0},
+    ],
+)
+def fuse_score_scale(
+    op: Ops,
+    x: Var,
+    w: Const,
+    y: Var,
+    target: Const,
+    b: Const = absent(0.0),
+    c: Const = absent(1.0),
+    d: Const = absent(1.0),
+) -> Rewrite:
+    """f(x @ w + b) @ y * c => f(x @ (w*c) + b*c) @ y, f moves elements, c one number."""
+    product = op.MatMul(x, w)
+    apart = op.Reshape(op.Add(product, b) | product, target)
+    moved = op.Transpose(apart)
+    scores = op.MatMul(moved, y)
+    yield op.Mul(scores, c) | op.Div(scores, d)  # -------------- before => after
+    require(scores.dtype.kind == "f", "the values are not floating-point")
+    require(max(c.values.ndim, d.values.ndim) <= scores.rank, "the factor adds axes")
+    require(c.scalar() != 0 and d.scalar() != 0, "the factor is zero")
+    factor = c.scalar() / d.scalar()
+    made = op.MatMul(x, w.values * factor)
+    if not b.is_absent:
+        made = op.Add(made, b.values * factor)
+    heads = op.Transpose(op.Reshape(made, target, **apart.attrs), **moved.attrs)
+    return op.MatMul(heads, y)
+
+
+@rule(
     "fuse-attention-scale",
     min_opset=23,
     sample=[
