@@ -29,13 +29,16 @@ class Tally:
     equal: int = 0
     n: int = 0
     excluded: int = 0
+    loss: float = 0.0
+    """Sum over all choices of what the original's own probabilities say that they lose."""
     feeds: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, equal: int, n: int, excluded: int = 0) -> None:
+    def add(self, equal: int, n: int, excluded: int = 0, loss: float = 0.0) -> None:
         """Count the choices of one feed."""
         self.equal += equal
         self.n += n
         self.excluded += excluded
+        self.loss += loss
         if n:
             self.feeds.append((equal, n))
 
@@ -43,6 +46,12 @@ class Tally:
     def share(self) -> float:
         """Equal choices over all compared."""
         return self.equal / self.n
+
+    @property
+    def expected_drop(self) -> float:
+        """Accuracy that is lost, if the original's probabilities are what they say."""
+        total = self.n + self.excluded
+        return self.loss / total if total else 0.0
 
     @property
     def standard_error(self) -> float:
@@ -60,7 +69,7 @@ class Choices:
     """The choices of one output, counted in every way that its values still allow.
 
     `margin` is the original's own noise; `classes` states the axis of classes by output, None for
-    an output that has none.
+    one whose largest number means nothing, unless the values are probabilities.
     """
 
     def __init__(
@@ -82,9 +91,11 @@ class Choices:
             if way in self._possible:
                 tally = self._tallies.setdefault(way, Tally())
                 if axis is None:
-                    tally.add(*_same_sides(original, candidate, max(self._margin, _TIE)))
+                    counts = _same_sides(original, candidate, max(self._margin, _TIE))
+                    tally.add(*counts, float(_side_losses(original, candidate).sum()))
                 else:
-                    tally.add(*_same_classes(original, candidate, axis, self._margin))
+                    counts = _same_classes(original, candidate, axis, self._margin)
+                    tally.add(*counts, float(_class_losses(original, candidate, axis).sum()))
 
     @property
     def result(self) -> tuple[Literal["classes", "binary"], Tally] | None:
@@ -97,9 +108,8 @@ class Choices:
 
     def _ways(self, x: Reals) -> dict[str, int | None]:
         """How the values may be choices: the way to the axis of classes."""
-        if self._is_stated:
-            known = self._axis is not None and -x.ndim <= self._axis < x.ndim
-            return {"stated": self._axis} if known else {}
+        if self._is_stated and self._axis is not None:
+            return {"stated": self._axis} if -x.ndim <= self._axis < x.ndim else {}
         ways: dict[str, int | None] = {}
         if x.ndim and _are_distributions(x, -1):
             ways["last"] = -1
@@ -107,7 +117,7 @@ class Choices:
             ways["second"] = 1
         if x.min() >= 0 and x.max() <= 1:
             ways["binary"] = None
-        if x.ndim == 2 and x.shape[1] > 2 and not _have_length_one(x):
+        if x.ndim == 2 and x.shape[1] > 2 and not (self._is_stated or _have_length_one(x)):
             ways["scores"] = -1
         return ways
 
@@ -146,3 +156,21 @@ def _same_sides(original: Reals, candidate: Reals, margin: float) -> tuple[int, 
     equal = (original > 0.5) == (candidate > 0.5)
     n = int(np.count_nonzero(clear))
     return int(np.count_nonzero(equal & clear)), n, original.size - n
+
+
+def _class_losses(original: Reals, candidate: Reals, axis: int) -> Reals:
+    """For each row, the original's probability of its own choice less that of the candidate's."""
+    a = np.moveaxis(original, axis, -1).reshape(-1, original.shape[axis])
+    b = np.moveaxis(candidate, axis, -1).reshape(-1, candidate.shape[axis])
+    if a.shape[1] < 2:
+        return np.zeros(0)
+    if not _are_distributions(a, -1) or a.max() <= 0:  # scores, or logarithms
+        powers = np.exp(a - a.max(-1, keepdims=True))
+        a = powers / powers.sum(-1, keepdims=True)
+    rows = np.arange(len(a))
+    return np.asarray(a[rows, a.argmax(-1)] - a[rows, b.argmax(-1)])
+
+
+def _side_losses(original: Reals, candidate: Reals) -> Reals:
+    flipped = (original > 0.5) != (candidate > 0.5)
+    return np.where(flipped, np.abs(2 * original - 1), 0.0)

@@ -93,6 +93,23 @@ PASSES_VALUES_ON: Final[dict[str, frozenset[int]]] = {
     "Concat": frozenset(range(64)),
 }
 
+# What gives scores or probabilities of classes when a model ends in it, and what may stand behind.
+SCORES: Final = frozenset(
+    {
+        "Gemm",
+        "HardSigmoid",
+        "If",
+        "LogSoftmax",
+        "MatMul",
+        "Sigmoid",
+        "Softmax",
+        "TreeEnsembleClassifier",
+    }
+)
+PASSES_SCORES: Final = frozenset(
+    {"Add", "Cast", "Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+
 
 class MacFact(NamedTuple):
     """Which formula of `graphopt.macs` counts an operator, and in which slots its operands are."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.choices import Choices, Tally
+from graphopt.concordance import Concordance
 from graphopt.errors import UsageError
 from graphopt.judge import flatten
 from graphopt.runtime import Feed
@@ -40,6 +41,9 @@ class Agreement:
     n: int
     excluded: int = 0
     """Near-ties: choices that the original might have made otherwise."""
+    expected_drop: float = 0.0
+    """Accuracy lost, if the original's probabilities are what they say: the mean, over all choices,
+    of its probability of its own choice less that of the candidate's."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +70,28 @@ class OutputQuality:
     sqnr_standard_error: float | None
     correlation: float | None
     choice: Agreement | None
+    concordance: float | None = None
     mismatched: int = 0
     broken: int = 0
 
     @property
     def agreement(self) -> float:
-        """Between 0 and 1: the share of equal choices; of real numbers the explained variance.
+        """Between 0 and 1: of choices, what is not lost; of real numbers, the concordance.
 
-        The explained variance is 1 - noise / signal, the coefficient of determination. Feeds with
-        outputs of another shape agree in nothing.
+        A choice that differs counts by how sure the original was of its own; whole numbers count
+        where they are equal. Feeds with outputs of another shape agree in nothing.
         """
         if self.kind == "empty" or self.feeds == self.mismatched:
             return 0.0 if self.mismatched else 1.0
         if self.broken:
             return 0.0
         if self.choice is not None:
-            share = self.choice.share
+            is_sure = self.kind == "integers"
+            share = self.choice.share if is_sure else 1.0 - self.choice.expected_drop
         elif self.noise == 0:
             share = 1.0
         else:
-            share = max(0.0, 1.0 - self.noise / self.signal) if self.signal > 0 else 0.0
+            share = max(0.0, self.concordance or 0.0)
         return share * (self.feeds - self.mismatched) / self.feeds
 
 
@@ -105,6 +111,13 @@ class Quality:
     def drop(self) -> float:
         """1 - agreement."""
         return 1.0 - self.agreement
+
+    @property
+    def noise(self) -> float:
+        """1 - the concordance of the real output that has least of it: additive where it is small."""
+        return 1.0 - min(
+            (o.concordance for o in self.outputs if o.concordance is not None), default=1.0
+        )
 
     @property
     def sqnr_db(self) -> float | None:
@@ -128,9 +141,10 @@ def compare(
     """Run both on every feed and compare their outputs.
 
     `margins` is the original's own noise by output (absolute): choices that are closer are
-    excluded, as those within a thousandth of the spread of their row are. `classes` names the axis
-    along which an output chooses among classes, None for one that does not; without it the values
-    tell (see `graphopt.choices`). Raises UsageError if there are no feeds, or the candidate lacks
+    excluded, as those within a thousandth of the spread of their row are. `classes` names the
+    axis along which an output chooses among classes, None for one whose largest number means
+    nothing unless the values are probabilities; without it the values tell (see
+    `graphopt.choices`). Raises UsageError if there are no feeds, or the candidate lacks
     an output; what the runs raise passes through.
     """
     states: dict[str, _State] = {}
@@ -158,6 +172,7 @@ class _State:
         self._choices = choices
         self._integers = Tally()
         self._moments = _Moments()
+        self._concordance = Concordance()
         self._noises: list[tuple[float, int]] = []  # of each feed: sum of squares, elements
         self._feeds = self._mismatched = self._broken = self._elements = 0
         self._is_real = False
@@ -186,6 +201,7 @@ class _State:
             self._broken += int(np.count_nonzero(~same))
         else:
             self._choices.add(a, b)
+            self._concordance.add(a, b)
         x, y = (a[finite], b[finite]) if not finite.all() else (a.ravel(), b.ravel())
         if x.size:
             self._moments.add(x, y)
@@ -207,6 +223,7 @@ class _State:
             sqnr_standard_error=_decibel_error(self._noises),
             correlation=moments.correlation if self._is_real else None,
             choice=choice,
+            concordance=self._concordance.result,
             mismatched=self._mismatched,
             broken=self._broken,
         )
@@ -278,7 +295,8 @@ def _decibel_error(noises: list[tuple[float, int]]) -> float | None:
 def _agreement(tally: Tally) -> Agreement | None:
     if not tally.n:
         return None
-    return Agreement(tally.share, tally.standard_error, tally.n, tally.excluded)
+    drop = tally.expected_drop
+    return Agreement(tally.share, tally.standard_error, tally.n, tally.excluded, drop)
 
 
 def _real(array: NDArray[Any]) -> NDArray[np.float64]:
