@@ -12,6 +12,7 @@ from graphopt.passes.canonicalize.convert_opset import ConvertOpset
 from graphopt.passes.canonicalize.drop_zero_states import DropZeroStates
 from graphopt.passes.canonicalize.fix_shapes import FixShapes
 from graphopt.passes.canonicalize.fold_constants import FoldConstants
+from graphopt.passes.canonicalize.fold_lookups import FoldLookups
 from graphopt.passes.canonicalize.freeze_parameters import FreezeParameters
 from graphopt.passes.canonicalize.hoist_invariants import HoistInvariants
 from graphopt.passes.canonicalize.inline_functions import InlineFunctions
@@ -41,6 +42,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
         HoistInvariants,
         Canonicalize,
         FoldConstants,
+        FoldLookups,
         MoveTransposes,
         Fuse,
         MergeProjections,
@@ -59,7 +61,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
 _ROUND: Final = (
     "fold-constants, inline-if, lift-constants, hoist-invariants, remove-dead, merge-duplicates, "
     "refute-branches, canonicalize, simplify-shapes, merge-concats, drop-zero-states, "
-    "move-transposes"
+    "move-transposes, fold-lookups"
 )
 _ROUNDS: Final = ", ".join([_ROUND] * 3)
 _PLAIN: Final = f"inline-functions, freeze-parameters, lift-constants, {_ROUNDS}"

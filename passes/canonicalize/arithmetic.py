@@ -172,3 +172,39 @@ def merge_clip_relu(op: Ops, x: Var) -> Rewrite:
     yield op.Relu(clip)  # -------------------------------------- before => after
     low, high = (max(bound, 0.0) for bound in bounds(clip))
     return clipped(op, x, low, high)
+
+
+@rule(
+    "factor-out",
+    min_opset=7,
+    sample=[
+        {"x": (2, 3, 4, 5), "s": (2, 3, 1, 1)},
+        {"s": (3, 1, 1)},
+        {"x": ("n", 3, "h", "w"), "s": ("n", 3, 1, 1)},
+    ],
+    refuses=[{"s": (2, 3, 4, 5)}, {"x": (2, 3, 1, 1)}, {"s": (2, 3, 4, "n")}],
+)
+def factor_out(op: Ops, x: Var, s: Var) -> Rewrite:
+    """x + x * s => x * (s + 1), s smaller than x: one pass over what is large, not two."""
+    total = op.Add(x, op.Mul(x, s))
+    yield total  # ---------------------------------------------- before => after
+    require(total.dtype.kind == "f", _WHOLE)
+    ahead = total.rank - s.rank
+    smaller = ahead > 0 or any(
+        size == 1 != large for size, large in zip(s.shape, total.shape, strict=True)
+    )
+    require(smaller, "the factor is as large as the sum, or may be")
+    return op.Mul(x, op.Add(s, np.ones((), total.dtype)))
+
+
+@rule(
+    "multiply-squares",
+    min_opset=7,
+    sample=[{"x": (2, 3), "y": (2, 3)}, {"y": (3,)}],
+)
+def multiply_squares(op: Ops, x: Var, y: Var) -> Rewrite:
+    """x**2 + y**2 => x*x + y*y, which runtimes compute in less time."""
+    total = op.Add(op.Pow(x, 2.0), op.Pow(y, 2.0))
+    yield total  # ---------------------------------------------- before => after
+    require(total.dtype.kind == x.dtype.kind == y.dtype.kind == "f", _WHOLE)
+    return op.Add(op.Mul(x, x), op.Mul(y, y))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 
 from graphopt.passes.guards import (
@@ -15,6 +18,7 @@ from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
 
 # The specification of Slice recommends INT_MAX for "to the end"; exporters mean either width.
 TO_THE_END = 2**31 - 1
+_ADDRESSES = 2**47  # bytes that a process has unless it asks for more
 
 
 @rule("eliminate-identity", sample={"x": (2, 3)})
@@ -138,6 +142,7 @@ def eliminate_pad(op: Ops, x: Var) -> Rewrite:
     sample=[
         {"x": (2, 3, 4), "part.starts": [0, 0], "part.ends": [3, 9], "part.axes": [1, -1]},
         {"part.starts": [0, -7], "part.ends": [2, 2**63 - 1], "part.axes": None},
+        {"x": ("n", 256, 256), "part.starts": [0], "part.ends": [2 * 10**9], "part.axes": [0]},
     ],
     refuses=[
         {"part.starts": [0, 1]},
@@ -147,6 +152,7 @@ def eliminate_pad(op: Ops, x: Var) -> Rewrite:
         {"part.ends": [2**63 - 1, 2**63 - 1], "part.steps": [1, 2]},
         {"part.starts": [1, 1], "part.ends": [2**63 - 1, 2**63 - 1]},
         {"x": ("n", 3, "m"), "part.ends": [3, 1]},
+        {"x": ("n", 3, 4), "part.starts": [0], "part.ends": [2 * 10**9], "part.axes": [0]},
     ],
 )
 def eliminate_slice(op: Ops, x: Var) -> Rewrite:
@@ -158,10 +164,17 @@ def eliminate_slice(op: Ops, x: Var) -> Rewrite:
     require(steps is None or set(whole(steps)) <= {1}, "it takes every so many only")
     along = range(len(ends)) if axes is None else whole(axes)
     for start, end, axis in zip(starts, ends, along, strict=True):
-        if start != 0 or end < TO_THE_END:
+        if start != 0 or (end < TO_THE_END and not _is_beyond(end, axis, x)):
             size = x.shape[axis]
             require(size is not None and size == part.shape[axis], "it leaves out an end")
     return x
+
+
+def _is_beyond(end: int, axis: int, x: Var) -> bool:
+    """True where so much along the axis would be more than processors have addresses for."""
+    others = [size for at, size in enumerate(x.shape) if at != axis % x.rank]
+    sizes = [size for size in others if isinstance(size, int)]
+    return len(sizes) == len(others) and end * math.prod(sizes) * x.dtype.itemsize > _ADDRESSES
 
 
 @rule(
@@ -187,6 +200,31 @@ def eliminate_one(op: Ops, x: Var, c: Const) -> Rewrite:
     """x * 1, x / 1 or x ** 1 => x."""
     yield op.Mul(x, c) | op.Div(x, c) | op.Pow(x, c)  # --------- before => after
     require(is_neutral(c, 1, x), "the constant is not one, or spreads the value out")
+    return x
+
+
+def _no_bound(bound: float) -> dict[str, Any]:
+    """Samples of a bound that is none, and near-misses."""
+    spread: list[dict[str, Any]] = [{"c": [[[bound]]]}, {"x": (1,), "c": [bound] * 3}]
+    return {
+        "sample": [{"x": (2, 3), "c": bound}, {"c": [[bound]]}, {"c": [bound] * 3}],
+        "refuses": [{"c": 0.0}, {"c": -bound}, {"c": [bound, 0.0, bound]}, *spread],
+    }
+
+
+@rule("eliminate-lower-bound", min_opset=8, **_no_bound(-np.inf))
+def eliminate_lower_bound(op: Ops, x: Var, c: Const) -> Rewrite:
+    """max(x, -inf) => x."""
+    yield op.Max(x, c)  # --------------------------------------- before => after
+    require(is_neutral(c, -np.inf, x), "it is a bound, or spreads the value out")
+    return x
+
+
+@rule("eliminate-upper-bound", min_opset=8, **_no_bound(np.inf))
+def eliminate_upper_bound(op: Ops, x: Var, c: Const) -> Rewrite:
+    """min(x, inf) => x."""
+    yield op.Min(x, c)  # --------------------------------------- before => after
+    require(is_neutral(c, np.inf, x), "it is a bound, or spreads the value out")
     return x
 
 

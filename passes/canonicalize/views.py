@@ -5,6 +5,9 @@ from __future__ import annotations
 from graphopt.passes.guards import from_front, whole
 from graphopt.rules import Const, Ops, Rewrite, Var, require, rule
 
+_SAME_OF_ONE = ("Max", "Mean", "Min", "Prod", "Sum")  # of one element these are that element
+_ONES = {"axes": [1, -1], "keepdims": 0}
+
 
 @rule(
     "merge-reshape-view",
@@ -77,3 +80,57 @@ def index_instead_of_unsqueeze(op: Ops, x: Var, index: Const) -> Rewrite:
     require(len(axes) == 1, "several axes are added")
     require(axes[0] % rank == picked.attr("axis") % rank, "another axis is added")
     return op.Gather(x, index.values.reshape(1), **picked.attrs)
+
+
+@rule(
+    "squeeze-instead-of-reduction",
+    min_opset=11,
+    sample=[
+        {"x": (2, 1, 4, 1)}
+        | {f"Reduce{kind}.{key}": value for kind in _SAME_OF_ONE for key, value in _ONES.items()},
+        {"x": ("n", 1, 4, 1)},
+    ],
+    refuses=[{"x": (2, 1, 4, 3)}, {"x": (2, "n", 4, 1)}],
+)
+def squeeze_instead_of_reduction(op: Ops, x: Var) -> Rewrite:
+    """ReduceMean(x), of Max, Min, Prod or Sum, along axes of size one => Squeeze(x)."""
+    mean, total, most = op.ReduceMean(x), op.ReduceSum(x), op.ReduceMax(x)
+    reduced = mean | total | most | op.ReduceMin(x) | op.ReduceProd(x)
+    yield reduced  # -------------------------------------------- before => after
+    axes = from_front(whole(reduced.attr("axes")), x.rank)
+    require(axes and {x.shape[axis] for axis in axes} == {1}, "a size is not one, or may not be")
+    return x if reduced.attr("keepdims") else op.Squeeze(x, axes=axes)
+
+
+def _keeps_axes(reduction: str) -> None:
+    """Register the rule for one of the operators that reduce axes."""
+
+    def keep_axes(op: Ops, x: Var) -> Rewrite:
+        reduced = getattr(op, reduction)(x, keepdims=0)
+        wide = op.Unsqueeze(reduced) | op.Reshape(reduced)
+        yield wide  # ------------------------------------------- before => after
+        axes = from_front(whole(reduced.attr("axes")), x.rank)
+        sizes = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        there = axes and None not in sizes and list(wide.shape) == sizes
+        require(there, "the axes are not put back where they were")
+        return getattr(op, reduction)(x, axes=axes, keepdims=1)
+
+    keep_axes.__doc__ = f"Unsqueeze or Reshape({reduction}(x)) => {reduction}(x, keepdims=1)."
+    rule(
+        f"keep-axes-of-{reduction.lower()}",
+        min_opset=11,
+        sample=[
+            {"x": (2, 3, 4), "reduced.axes": [1]}
+            | {"Unsqueeze.axes": [1], "Reshape.shape": [2, 1, 4]},
+            {"reduced.axes": [-1, 0], "Unsqueeze.axes": [0, -1], "Reshape.shape": [1, -1, 1]},
+            {"x": ("n", 3, 4), "Reshape.shape": [0, 1, 4]},
+        ],
+        refuses=[
+            {"Unsqueeze.axes": [2], "Reshape.shape": [2, 4, 1]},
+            {"x": (4, 3, 4), "Unsqueeze.axes": [0], "Reshape.shape": [1, 4, 4]},
+        ],
+    )(keep_axes)
+
+
+for _reduction in ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"):
+    _keeps_axes(_reduction)

@@ -37,6 +37,51 @@ def fuse_gelu_tanh(op: Ops, x: Var) -> Rewrite:
     return op.Gelu(x, approximate="tanh")
 
 
+@rule("state-gelu", min_opset=9, max_opset=19, sample={"x": (2, 3, 4)})
+def state_gelu(op: Ops, x: Var) -> Rewrite:
+    """x * (1 + erf(x * sqrt(1/2))) / 2 => x * (1 + erf(x / sqrt(2))) * 0.5.
+
+    The parts in the order in which onnxruntime knows them, before there was Gelu.
+    """
+    root = math.sqrt(2)
+    known, other = (
+        op.Add(op.Erf(scaled), 1.0) for scaled in (op.Div(x, root), op.Mul(x, 1 / root))
+    )
+    either = known | other
+    product = op.Mul(x, other)
+    yield (  # -------------------------------------------------- before => after
+        op.Mul(product, 0.5)
+        | op.Mul(op.Mul(x, 0.5), other)
+        | op.Mul(x, op.Mul(either, 0.5) | op.Div(either, 2.0))
+        | op.Div(op.Mul(x, either), 2.0)
+    )
+    gate = op.Add(op.Erf(op.Div(x, root)), 1.0)
+    return op.Mul(op.Mul(x, gate), 0.5)
+
+
+@rule("state-gelu-tanh", min_opset=7, max_opset=19, sample={"x": (2, 3, 4)})
+def state_gelu_tanh(op: Ops, x: Var) -> Rewrite:
+    """x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x**3))) / 2 => the same, in other steps.
+
+    Those that onnxruntime knows, before there was Gelu: the cube by Pow, and half of x.
+    """
+    root, share = math.sqrt(2 / math.pi), 0.044715
+    cubes = op.Mul(op.Mul(op.Mul(x, x), x), share) | op.Mul(x, op.Mul(x, op.Mul(x, share)))
+    known, other = (
+        op.Add(op.Tanh(op.Mul(op.Add(x, cube), root)), 1.0)
+        for cube in (op.Mul(op.Pow(x, 3.0), share), cubes)
+    )
+    either = known | other
+    yield (  # -------------------------------------------------- before => after
+        op.Mul(op.Mul(x, 0.5), other)
+        | op.Mul(op.Mul(x, either), 0.5)
+        | op.Mul(x, op.Mul(either, 0.5))
+    )
+    require(x.dtype != np.float64, "the constants of Gelu hold in single precision")
+    bent = op.Add(x, op.Mul(op.Pow(x, 3.0), share))
+    return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(op.Mul(bent, root)), 1.0))
+
+
 @rule("fuse-hard-swish", min_opset=14, sample={"x": (2, 3, 4)})
 def fuse_hard_swish(op: Ops, x: Var) -> Rewrite:
     """x * clip(x + 3, 0, 6) / 6 => HardSwish(x)."""

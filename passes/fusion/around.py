@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.passes.fusion.convolution import IMAGE, KERNEL, channel_vector
-from graphopt.passes.guards import broadcasts_into
+from graphopt.passes.guards import broadcasts_into, whole
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _POSITIVE = np.random.default_rng(1).uniform(0.5, 1.5, 6)
@@ -133,6 +133,56 @@ def _per_input(k: NDArray[Any], w: Const, group: int) -> NDArray[Any]:
     outputs, width = w.values.shape[:2]
     spread = np.broadcast_to(k.reshape(group, 1, width), (group, outputs // group, width))
     return spread.reshape(outputs, width, *[1] * (w.values.ndim - 2))
+
+
+@rule(
+    "fuse-convs",
+    min_opset=7,
+    sample=[
+        {"x": (2, 6, 8, 7), "v": (5, 6, 1, 1), "a": (5,), "w": (4, 5, 1, 1), "b": (4,)}
+        | {"first.pads": None, "first.strides": None, "second.strides": [1, 2]},
+        {"v": (8, 6, 1, 1), "a": (8,), "w": (4, 8, 3, 2)},
+        {"v": (5, 6, 3, 3), "first.pads": [1, 0, 1, 2]}
+        | {"first.strides": [2, 1], "second.strides": None},
+    ],
+    refuses=[
+        {"v": (2, 6, 1, 1), "a": (2,), "w": (4, 2, 1, 1)},
+        {"v": (6, 2, 1, 1), "a": (6,), "w": (4, 6, 1, 1), "first.group": 3},
+        {"v": (8, 6, 1, 1), "a": (8,), "w": (4, 4, 1, 1), "second.group": 2},
+        {"v": (5, 6, 2, 2), "w": (4, 5, 2, 2)},
+        {"v": (5, 6, 2, 2), "second.pads": [0, 1, 0, 0]},
+        {"v": (5, 6, 2, 2)},
+        {"first.pads": [0, 1, 0, 0], "w": (4, 5, 3, 2)},
+        {"first.strides": [2, 1], "w": (4, 5, 3, 2)},
+    ],
+)
+def fuse_convs(
+    op: Ops, x: Var, v: Const, w: Const, a: Const = absent(0.0), b: Const = absent(0.0)
+) -> Rewrite:
+    """Conv(Conv(x, v, a), w, b) => Conv(x, w @ v, w @ a + b), where that is less to multiply.
+
+    One of them looks at single points, and what is between them is neither padded nor skipped.
+    """
+    first = op.Conv(x, v, a)
+    second = op.Conv(first, w, b)
+    yield second  # --------------------------------------------- before => after
+    require(first.attr("group") == second.attr("group") == 1, "channels are in groups")
+    require(_pads_nothing(second), "what is between them is padded")
+    outputs, between = w.values.shape[:2]
+    inner, outer = (each.values.astype(np.float64) for each in (v, w))
+    if _is_pointwise(first, v) and _pads_nothing(first):
+        both, kept = np.einsum("oc...,ci->oi...", outer, inner.reshape(between, -1)), second
+    else:
+        require(_is_pointwise(second, w), "neither looks at single points of the other")
+        both, kept = np.einsum("oc,c...->o...", outer.reshape(outputs, -1), inner), first
+    require(both.size <= inner.size + outer.size, "there would be more to multiply")
+    bias = b.values + _shifted(w, np.broadcast_to(a.values, between), 1)
+    return op.Conv(x, both, bias, **kept.attrs)
+
+
+def _is_pointwise(conv: Var, w: Const) -> bool:
+    """True for a kernel of single points that skips none."""
+    return set(w.values.shape[2:]) <= {1} and set(whole(conv.attr("strides"))) <= {1}
 
 
 @rule(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.passes.guards import from_front
+from graphopt.passes.guards import from_front, whole
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _RNG = np.random.default_rng(0)
@@ -42,7 +42,10 @@ def channel_vector(c: Const, rank: int, channels: int) -> NDArray[Any]:
 
     A plain [channels] vector would run along the last axis, whatever its length.
     """
-    values = c.values
+    return _channels(c.values, rank, channels)
+
+
+def _channels(values: NDArray[Any], rank: int, channels: int) -> NDArray[Any]:
     require(values.ndim <= rank, "the constant has more axes than the value")
     if values.size == 1:
         return np.full(channels, values.reshape(-1)[0], values.dtype)
@@ -118,6 +121,39 @@ def fuse_conv_add(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -
     yield op.Add(conv, c)  # ----------------------------------- before => after
     bias = b.values + channel_vector(c, w.values.ndim, len(w.values))
     return op.Conv(x, w, bias, **conv.attrs)
+
+
+@rule(
+    "fuse-conv-squeeze-add",
+    min_opset=7,
+    sample=[
+        {"x": (2, 3, 8, 3), "w": (4, 3, 3, 3), "c": (1, 4, 1), "b": (4,), "squeezed.axes": [3]},
+        {"c": (4, 1)},
+        {"c": 0.5},
+        {"x": (2, 3, 3, 3), "c": (4,), "squeezed.axes": [2, 3]},
+        {"x": (1, 3, 8, 6), "c": (4, 1, 1), "squeezed.axes": [0]},
+    ],
+    refuses=[
+        {"x": (2, 3, 8, 3), "c": (1, 1, 6)},
+        {"x": (2, 3, 6, 3), "c": (4,)},
+        {"c": (1, 1, 4, 1)},
+        {"c": (1, 2, 1, 1)},
+        {"w": (1, 3, 3, 3), "b": (1,), "squeezed.axes": [1, 3], "c": (6,)},
+    ],
+)
+def fuse_conv_squeeze_add(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -> Rewrite:
+    """Squeeze(Conv(x, w, b)) + c => Squeeze(Conv(x, w, b + c)), c per channel."""
+    conv = op.Conv(x, w, b)
+    squeezed = op.Squeeze(conv)
+    yield op.Add(squeezed, c)  # -------------------------------- before => after
+    rank = w.values.ndim
+    gone = from_front(whole(squeezed.attr("axes")), rank)
+    require(gone and 1 not in gone, "channels go, or it is not said what goes")
+    require(c.values.ndim <= rank - len(gone), "the constant has more axes than the value")
+    left = (1,) * (rank - len(gone) - c.values.ndim) + c.values.shape
+    spread = np.expand_dims(c.values.reshape(left), tuple(gone))
+    bias = b.values + _channels(spread, rank, len(w.values))
+    return op.Squeeze(op.Conv(x, w, bias, **conv.attrs), axes=gone)
 
 
 @rule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from graphopt.passes.guards import broadcasts_into
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
@@ -80,3 +81,41 @@ def fuse_gemm_batchnorm(
     weights = w.values * (k[:, None] if gemm.attr("transB") else k)
     bias = (added.reshape(-1) - mean.values) * k + beta.values
     return op.Gemm(x, weights, bias, **gemm.attrs | {"beta": 1.0})
+
+
+@rule(
+    "fuse-one-hot-matmul",
+    min_opset=12,
+    sample=[
+        {"i": [[0, 4, 2], [5, -1, 1]], "c": [[[0, 1, 2, 3, 4]]], "w": (5, 3)}
+        | {"Unsqueeze.axes": [-1], "Reshape.shape": [2, 3, 1], "hot.to": 1},
+        {"c": [0, 1, 2, 3, 4], "Unsqueeze.axes": [2], "Reshape.shape": [0, -1, 1]},
+        {"i": np.int32([[0, 4, 2], [5, -1, 1]]), "c": np.int32([0, 1, 2, 3, 4])},
+    ],
+    refuses=[
+        {"c": [[[0, 1, 2, 4, 3]]]},
+        {"c": [[[[0, 1, 2, 3, 4]]]]},
+        {"w": (2, 5, 3)},
+        {"w": [[1.0], [2.0], [np.inf], [3.0], [4.0]]},
+        {"c": [[[0], [1]]], "w": (1, 3)},
+    ],
+)
+def fuse_one_hot_matmul(op: Ops, i: Var, c: Const, w: Const) -> Rewrite:
+    """Cast(i == [0, 1, ...]) @ w => w[i]; what is none of the numbers picks zeros.
+
+    They stand behind the rows of w, where -1 and what is too large end up.
+    """
+    apart = op.Unsqueeze(i) | op.Reshape(i)
+    hot = op.Cast(op.Equal(apart, c))
+    product = op.MatMul(hot, w)
+    yield product  # -------------------------------------------- before => after
+    require(i.dtype.kind in "iu" and i.dtype != np.uint64, "the indices are no integers")
+    require(w.values.ndim == 2, "the weights are not a matrix")
+    count = len(w.values)
+    counts = c.values.shape[-1:] == (count,) and np.array_equal(c.values.ravel(), range(count))
+    require(counts and c.values.ndim <= apart.rank, "the constant does not count up from zero")
+    require(None not in apart.shape and apart.shape == (*i.shape, 1), "not one index a row")
+    require(np.isfinite(w.values).all(), "zero times a weight is not zero")
+    table = np.concatenate([w.values, np.zeros_like(w.values[:1])])
+    whole = i if i.dtype == np.int64 else op.Cast(i, to=onnx.TensorProto.INT64)
+    return op.Gather(table, op.Clip(whole, min=-1, max=count), axis=0)

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 
+from graphopt.passes.guards import from_front
 from graphopt.rules import Const, Ops, Rejected, Rewrite, Var, absent, require, rule
+
+
+@rule(
+    "fuse-mean",
+    min_opset=7,
+    sample=[
+        {"x": (2, 5, 8), "c": 1 / 40, "d": 40.0, "total.axes": [1, -1], "total.keepdims": 0},
+        {"c": [[[1 / 40]]], "d": [40.0], "total.keepdims": 1},
+        {"c": 1 / 80, "d": 80.0, "total.axes": None},
+    ],
+    refuses=[
+        {"c": 1 / 41, "d": 41.0},
+        {"x": (2, "n", 8)},
+        {"c": [1 / 40] * 2, "d": [40.0] * 2},
+        {"c": [[[[1 / 40]]]], "d": [[[[40.0]]]]},
+    ],
+)
+def fuse_mean(op: Ops, x: Var, c: Const = absent(1.0), d: Const = absent(1.0)) -> Rewrite:
+    """sum(x) * (1/n) or sum(x) / n => ReduceMean(x)."""
+    total = op.ReduceSum(x)
+    yield op.Mul(total, c) | op.Div(total, d)  # ---------------- before => after
+    stated = total.attr("axes")
+    axes = from_front(range(x.rank) if stated is None else stated, x.rank)
+    require(x.dtype.kind == "f", "the values are not floating-point")
+    count = math.prod(_number(x.shape[axis]) for axis in axes)
+    divisor = d.scalar()
+    off, eps = abs(count * c.scalar() - divisor), np.finfo(x.dtype).eps
+    require(off <= eps * divisor != 0, "it does not divide by the number of elements")
+    require(max(c.values.ndim, d.values.ndim) <= total.rank, "the constant adds axes")
+    return op.ReduceMean(x, axes=axes, keepdims=total.attr("keepdims"))
+
+
+def _number(size: int | str | None) -> int:
+    if not isinstance(size, int):
+        raise Rejected("the number of elements is not known")
+    return size
 
 
 @rule(
