@@ -11,13 +11,23 @@ from typing import Any, Final, Literal
 
 from graphopt.census import census
 from graphopt.data import given_feeds
+from graphopt.edit import Editor
 from graphopt.errors import RuntimeFailure, UsageError
+from graphopt.ir import Model
 from graphopt.judging import Budget, Judge
 from graphopt.passes.quantize import noise
 from graphopt.passes.quantize.blocks import blocks
 from graphopt.passes.quantize.candidates import CONVERSIONS, Candidates, names_of
 from graphopt.passes.quantize.noise import Noise
-from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, Recipe
+from graphopt.passes.quantize.recipe import (
+    DYNAMIC,
+    HALF,
+    STATIC,
+    TABLE,
+    Recipe,
+    half_regions,
+    table_regions,
+)
 from graphopt.proposals import first_feed
 from graphopt.runtime import Feed, Session
 from graphopt.search import Search, Trial, Winner, fastest
@@ -107,16 +117,16 @@ class Compression:
         if self._request.data is None and mode == "static":
             raise UsageError("static int8 has to be calibrated: --data with some inputs")
         with self._judge:
-            tried: list[Trial[Recipe] | None] = []
+            good: list[Trial[Recipe]] = []
             if mode in ("auto", "static") and self._request.data is not None:
-                tried += self._static()
+                good += self._static()
             if mode in ("auto", "dynamic"):
-                tried += self._dynamic([trial for trial in tried if trial is not None])
+                good += self._dynamic(good)
             if mode == "weights":
-                tried.append(self._search.try_out("weights", self._stored(Recipe({}))))
-            return self._best(
-                [trial for trial in tried if trial is not None and trial.verdict.good]
-            )
+                recipe = self._stored(Recipe({}), self._lossless)
+                stored = self._search.try_out("weights in fewer bits", recipe)
+                good += [stored] if stored.verdict.good else []
+            return self._best(good)
 
     def feeds(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The feeds, anew: given ones, or one that is proposed."""
@@ -158,9 +168,18 @@ class Compression:
                 seen.append(recipe.options)
                 name = f"cheapest division, conversions x {factor:g}"
                 tried.append(self._search.try_out(name, recipe))
+        if len(tried) > 1:
+            # Costs as they are within a division: layouts around a unit are others than before.
+            candidates.refine(
+                tried[1].file, tried[1].recipe, self._proposed(), self._request.threads
+            )
+            recipe = candidates.cut()
+            if recipe.options not in seen:
+                tried.append(self._search.try_out("cheapest division, costs within it", recipe))
         good = [trial for trial in tried if trial.verdict.good]
-        if len(tried) > 1 and not tried[1].verdict.good:
-            repaired = self._repaired(tried[1])
+        divided = tried[1:]
+        if divided and not any(trial.verdict.good for trial in divided):
+            repaired = self._repaired(min(divided, key=lambda trial: trial.verdict.drop))
             good += [] if repaired is None else [repaired]
         return good
 
@@ -248,13 +267,26 @@ class Compression:
                 tried.append(self._search.try_out(f"{trial.name}, and dynamic", mixed))
         return [trial for trial in tried if trial.verdict.good]
 
-    def _stored(self, recipe: Recipe) -> Recipe:
-        """The recipe, what stays floating-point being stored in fewer bits."""
-        more = dict.fromkeys(self._candidates.tables, TABLE)
-        more |= dict.fromkeys(self._candidates.halves, HALF)
-        return Recipe(
-            {**more, **recipe.options}, recipe.tensors, recipe.corrections, recipe.weights
-        )
+    def _stored(self, recipe: Recipe, file: Path) -> Recipe:
+        """The recipe of a file, with what is floating-point in it stored in fewer bits."""
+        edit = Editor(Model.load(file))
+        more = dict.fromkeys(set(self._candidates.tables) & set(table_regions(edit)), TABLE)
+        more |= dict.fromkeys(half_regions(edit), HALF)
+        return replace(recipe, options={**dict(sorted(more.items())), **recipe.options})
+
+    def _smaller(self, winner: Winner[Recipe]) -> Winner[Recipe]:
+        """The winner in fewer bytes, where that is as good and not slower."""
+        trial = winner.trial
+        assert trial is not None
+        recipe = self._stored(trial.recipe, trial.file)
+        if recipe.options == trial.recipe.options:
+            return winner
+        stored = self._search.try_out(f"{trial.name}, stored in fewer bits", recipe)
+        if not stored.verdict.good:
+            return winner
+        again = self._timed([trial, stored])
+        ratio, before = (again.against_lossless[t.name] for t in (stored, trial))
+        return replace(again, trial=stored if ratio.high >= before.median else trial)
 
     # -- the choice --------------------------------------------------------------------------------
 
@@ -263,6 +295,8 @@ class Compression:
         winner = self._timed(good)
         if winner.trial is not None:
             winner = self._fused(winner, good)
+        if winner.pays:
+            winner = self._smaller(winner)
         reason = self._reason(winner)
         recipe = winner.trial.recipe if winner.trial is not None else None
         if reason and not self._request.force:

@@ -68,6 +68,18 @@ class Candidates:
         self._floats = Profile.of(self.lossless, feed, self.units, threads)
         self._integers = Profile.of(integers, feed, self.units, threads)
 
+    def refine(self, divided: Path, recipe: Recipe, feed: Feed, threads: int) -> None:
+        """Measure again in a divided model: each unit on the side where it is there."""
+        assert self._floats is not None
+        assert self._integers is not None
+        found = Profile.of(divided, feed, self.units, threads)
+        static = recipe.taking(STATIC)
+        floats, integers = dict(self._floats.units), dict(self._integers.units)
+        for root, ms in found.units.items():
+            (integers if root in static else floats)[root] = ms
+        self._floats = replace(self._floats, units=floats)
+        self._integers = replace(self._integers, units=integers)
+
     def everything(self) -> Recipe:
         """All units that can be static are."""
         return self._static(self._usable)
