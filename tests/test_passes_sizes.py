@@ -342,6 +342,31 @@ def test_concats_that_stay(inner: str, outer: str, more: str) -> None:
     )
 
 
+def test_parts_that_are_joined_again_are_the_whole() -> None:
+    joined(
+        """g (float[2,6] x, float[2,3] w) => (float[2,M] y, float[2,2] z)
+        { a, b, c = Split <axis = -1> (x)
+        y = Concat <axis = 1> (w, a, b, c, a)  z = Neg (b) }""",
+        """g (float[2,6] x, float[2,3] w) => (float[2,M] y, float[2,2] z)
+        { a, b, c = Split <axis = -1> (x)
+        y = Concat <axis = 1> (w, x, a)  z = Neg (b) }""",
+        ["join-parts y"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("axis", "parts"), [(1, "a, c, b"), (1, "a, b"), (1, "b, c, a"), (0, "a, b, c")]
+)
+def test_parts_that_are_joined_otherwise_stay(axis: int, parts: str) -> None:
+    joined(
+        f"""g (float[2,6] x, float[2,2] w) => (float[M,N] y)
+        {{ a, b, c = Split <axis = 1> (x)
+        y = Concat <axis = {axis}> (w, {parts}) }}""",
+        "",
+        [],
+    )
+
+
 # -- drop-zero-states ------------------------------------------------------------------------------
 
 RECURRENT = {"RNN": ("x, w, r, , , h", 1), "GRU": ("x, w, r, , , h", 3)}

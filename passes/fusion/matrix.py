@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from graphopt.passes.guards import broadcasts_into
+from graphopt.passes.guards import broadcasts_into, whole
 from graphopt.rules import Const, Ops, Rewrite, Var, absent, require, rule
 
 _CHANNELS = np.random.default_rng(0).uniform(0.5, 1.5, 5)
@@ -117,5 +117,43 @@ def fuse_one_hot_matmul(op: Ops, i: Var, c: Const, w: Const) -> Rewrite:
     require(None not in apart.shape and apart.shape == (*i.shape, 1), "not one index a row")
     require(np.isfinite(w.values).all(), "zero times a weight is not zero")
     table = np.concatenate([w.values, np.zeros_like(w.values[:1])])
-    whole = i if i.dtype == np.int64 else op.Cast(i, to=onnx.TensorProto.INT64)
-    return op.Gather(table, op.Clip(whole, min=-1, max=count), axis=0)
+    wide = i if i.dtype == np.int64 else op.Cast(i, to=onnx.TensorProto.INT64)
+    return op.Gather(table, op.Clip(wide, min=-1, max=count), axis=0)
+
+
+@rule(
+    "mean-by-matmul",
+    min_opset=13,
+    sample=[
+        {"x": (2, 4, 6, 5), "w": (1, 6, 1, 1), "moved.perm": [0, 2, 1, 3], "shares.axis": 1}
+        | {"conv.strides": None, "conv.pads": [0] * 4, "flat.shape": [0, 4, -1]},
+        {"shares.axis": -3, "conv.pads": None, "flat.shape": [2, 20], "conv.strides": [1, 1]},
+    ],
+    refuses=[
+        {"w": (3, 6, 1, 1), "flat.shape": [0, 12, -1]},
+        {"w": (1, 6, 1, 2), "flat.shape": [0, 4, -1]},
+        {"conv.strides": [1, 2]},
+        {"conv.pads": [0, 0, 0, 1]},
+        {"moved.perm": [0, 2, 3, 1], "flat.shape": [0, -1]},
+        {"shares.axis": 2},
+        {"x": (2, 1, 6, 5), "flat.shape": [0, 0, -1]},
+    ],
+)
+def mean_by_matmul(op: Ops, x: Var, w: Const) -> Rewrite:
+    """Reshape(Conv(Softmax(x moved), w)) => Reshape(MatMul(w, Softmax(x))), the mean of each row.
+
+    What detectors make of a box's sides. Nothing moves, and the softmax runs where rows are.
+    """
+    moved = op.Transpose(x)
+    shares = op.Softmax(moved)
+    conv = op.Conv(shares, w)
+    flat = op.Reshape(conv)
+    yield flat  # ----------------------------------------------- before => after
+    require(list(moved.attr("perm") or ()) == [0, 2, 1, 3], "it moves other axes")
+    require(shares.attr("axis") % 4 == 1, "the softmax runs along another axis")
+    require(w.values.shape[0] == 1 == w.values[0, 0].size, "it is not one weight for a channel")
+    stays = not np.any(conv.attr("pads") or 0) and set(conv.attr("strides") or (1,)) == {1}
+    require(stays and conv.attr("auto_pad") in ("NOTSET", None), "it pads, or goes in steps")
+    require(0 not in whole(flat.attr("shape"))[1:], "a size is copied")
+    mean = op.MatMul(w.values.reshape(1, -1), op.Softmax(x, axis=2))
+    return op.Reshape(mean, shape=flat.attr("shape"), **flat.attrs)
