@@ -65,9 +65,9 @@ def prepare(name: str, source: Path, given: argparse.Namespace, results: Results
     record = results.start(name, f"{model}, sets {digest}")
     record["bytes"], record["weights"] = lossless_steps.count_bytes(source), weights_share(source)
     record["sets"] = "given" if given.sets else "built"
-    tools = [tool for name, tool in TOOLS.items() if name in given.tools or name == ORIGINAL]
+    tools = [t for t in TOOLS.values() if t.name in given.tools or t.name == ORIGINAL]
     ours = lossless.version_of(peers.GRAPHOPT)
-    versions = {tool.name: tool.version or ours for tool in tools}
+    versions = {name: tool.version or ours for name, tool in TOOLS.items()}
     for tool in tools:
         cell = results.cell(name, tool.name)
         if cell.get("version") != versions[tool.name]:

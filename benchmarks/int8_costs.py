@@ -13,12 +13,12 @@ import numpy as np
 from benchmarks import int8_tools, peers
 from benchmarks.evaluation.sets import write_feeds
 from benchmarks.int8_steps import INT8, TIMEOUT, Work, plain, rounded
-from benchmarks.int8_tools import ENTROPY, OURS, RIVALS, TOOLS
+from benchmarks.int8_tools import ENTROPY, OURS, TOOLS
 
 MEMORY_MODEL = "ppocr_cls_v2"
 MEMORY_SAMPLES = (10, 100, 1000)
-MEMORY_TOOLS = (*(TOOLS[n] for n in (OURS, *RIVALS) if n != "ort-dynamic"), ENTROPY)
-"""The tools that calibrate; onnxruntime's dynamic quantization needs no samples."""
+MEMORY_TOOLS = (TOOLS[OURS], TOOLS["ort-default"], ENTROPY, TOOLS["nncf"])
+"""Tools that calibrate. NNCF takes 300 samples at most, whatever it is given."""
 COMMAND_MODEL = "nudenet_yolov8n"
 COMMAND_SAMPLES = 20
 COMMAND_TURNS = 3
@@ -44,7 +44,8 @@ def memory(work: Work) -> None:
         return
     record = work.results.model(work.name).setdefault("memory", {})
     versions = {**work.versions, ENTROPY.name: ENTROPY.version}
-    tools = [tool for tool in MEMORY_TOOLS if tool.name in versions]
+    chosen = {tool.name for tool in work.tools}
+    tools = [tool for tool in MEMORY_TOOLS if tool.name in chosen or tool == ENTROPY]
     for tool in tools:
         if record.get(tool.name, {}).get("version") != versions[tool.name] or work.again:
             record[tool.name] = {"version": versions[tool.name]}
@@ -75,10 +76,10 @@ def _cost(work: Work, tool: int8_tools.Tool, target: Path, feeds: Path) -> dict[
 
 def command(work: Work) -> None:
     """The whole command on 20 samples against onnxruntime's with entropy calibration, in turns."""
-    versions = {OURS: work.versions.get(OURS, ""), ENTROPY.name: ENTROPY.version}
+    versions = {OURS: work.versions[OURS], ENTROPY.name: ENTROPY.version}
     record = work.results.model(work.name).get("command", {})
     known = record.get("versions") == versions and not work.again
-    if work.name != COMMAND_MODEL or OURS not in work.versions or known:
+    if work.name != COMMAND_MODEL or TOOLS[OURS] not in work.tools or known:
         return
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], ENTROPY.name: []}
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:

@@ -58,9 +58,7 @@ class Work:
 
     def place(self, tool: str) -> Path:
         """The folder for what the tool writes."""
-        folder = self.folder / f"{tool}-{self.versions[tool] or 'none'}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return self.folder / f"{tool}-{self.versions[tool]}"
 
     def result(self, tool: str) -> Path | None:
         """The file that counts for the tool: where it refused, the lossless one; None for none."""
@@ -128,6 +126,7 @@ def make(work: Work, tool: Tool) -> None:
     for stale in ("make", "bytes", "invalid", "score"):
         cell.pop(stale, None)
     target = work.place(tool.name) / tool.file
+    target.parent.mkdir(parents=True, exist_ok=True)
     if tool.name in (LOSSLESS, OURS):
         cell["make"] = _optimize(work, tool.name, target)
     elif tool.source:
@@ -172,6 +171,7 @@ def score(work: Work, tool: Tool, check: bool) -> None:
     if work.has(tool.name, "score") or file is None or not work.valid(tool.name):
         return
     rows = work.place(tool.name) / "rows.npy"
+    rows.parent.mkdir(parents=True, exist_ok=True)
     found = call(
         int8_tools.interpreter(tool),
         *(WORKER, "score", work.name, file, work.sets.folder, rows, tool.runtime, tool.precision),
@@ -197,19 +197,19 @@ def compare(work: Work) -> None:
     metric = scores.METRICS[work.name]
 
     def rows(tool: str) -> Any:
-        if tool not in work.versions or "score" not in work.cell(tool).get("score", {}):
-            return None
+        cell = work.results.model(work.name)["tools"].get(tool, {})
+        is_known = cell.get("version") == work.versions[tool] and "score" in cell.get("score", {})
         file = work.place(tool) / "rows.npy"
-        return np.load(file) if file.exists() else None
+        return np.load(file) if is_known and file.exists() else None
 
     reference, ours = rows(ORIGINAL), rows(OURS)
-    for tool in work.tools:
-        found = rows(tool.name)
+    for tool in TOOLS:
+        found = rows(tool)
         for name, other in (("drop", reference), ("below_ours", ours)):
             if found is not None and other is not None:
                 drop = scores.paired_drop(metric, other, found)
                 record = [float(f"{x:.4g}") for x in (drop.drop, drop.low, drop.high)]
-                work.cell(tool.name)["score"][name] = record
+                work.cell(tool)["score"][name] = record
 
 
 def latency(work: Work, seconds: float) -> None:
@@ -247,7 +247,7 @@ def _timed(work: Work, seconds: float, files: Iterable[Path]) -> dict[str, Any]:
 
 def openvino(work: Work, seconds: float) -> None:
     """Time OpenVINO's files and onnxruntime's original and int8 file in alternation."""
-    ours = [ORIGINAL, *([OURS] if OURS in work.versions and work.valid(OURS) else [])]
+    ours = [t.name for t in work.tools if t.name in (ORIGINAL, OURS) and work.valid(t.name)]
     theirs = [tool for tool in work.tools if tool.runtime == "openvino" and work.valid(tool.name)]
     theirs = [tool for tool in theirs if "error" not in work.cell(tool.name).get("score", {})]
     versions = {name: work.versions[name] for name in (*ours, *(tool.name for tool in theirs))}

@@ -148,10 +148,10 @@ def _each(models: Models, text: str, miss: Callable[[dict[str, Any]], str | None
 
 def _score_miss(model: dict[str, Any]) -> str | None:
     reference, ours = score_of(model, ORIGINAL), score_of(model, OURS)
-    if reference is None or OURS not in model["tools"]:
+    if reference is None or not (state := _state(model["tools"].get(OURS, {}))):
         return None
     if ours is None:
-        return _state(model["tools"][OURS]) or "not made"
+        return f"not scored ({state})"
     return "" if ours >= (1 - SCORE_BAR) * reference else f"{ours:.4f}, fp32 {reference:.4f}"
 
 
@@ -169,11 +169,15 @@ def _rival_miss(rival: str) -> Callable[[dict[str, Any]], str | None]:
         if not ours or not theirs:
             return None
         reasons = []
+        scored = model["tools"][rival].get("score", {})
         if ours[0] <= theirs[0]:
-            reasons.append(f"{ours[0]:.2f}x, theirs {theirs[0]:.2f}x")
-        below = model["tools"][rival].get("score", {}).get("below_ours")
-        # An interval that holds 0 cannot tell the two scores apart.
-        if below and below[2] < 0:
+            at = f" at {scored['score']:.3f}" if "score" in scored else ""
+            reasons.append(f"{ours[0]:.2f}x, theirs {theirs[0]:.2f}x{at}")
+        # An interval that holds 0 cannot tell two scores apart; and nobody is worse for keeping
+        # fp32's score where a fault happens to raise it.
+        lost = model["tools"][OURS].get("score", {}).get("drop", [0.0, 0.0, 0.0])
+        below = scored.get("below_ours", [0.0, 0.0, 0.0])
+        if below[2] < 0 < lost[1]:
             reasons.append(f"theirs scores {-below[0]:.4f} more")
         return "; ".join(reasons)
 
@@ -211,12 +215,18 @@ _HEAD = """# int8: graphopt and its peers
 Speed is the time of the original in onnxruntime over that of the file, at 2 threads on one sample:
 files that onnxruntime runs in one interleaved measurement, OpenVINO's in alternation with it. In
 brackets is the precision in which OpenVINO says that it computes floats; `openvino` is what it
-chooses itself. `lossless` is graphopt's file without int8, `graphopt` its file with `{options}`;
-where that refuses, the lossless file counts. `ort-default` is `quantize_static` as it comes,
-`ort-u8s8` the same with u8 activations and s8 weights per channel after `quant_pre_process`,
-`ort-dynamic` is `quantize_dynamic` with s8 weights per channel, `nncf` is NNCF's ONNX backend. A
-file is valid if onnxruntime loads and runs it with the inputs and outputs of the original. The drop
-is from fp32, its interval a paired bootstrap over the samples.
+chooses itself. A file is valid if onnxruntime loads and runs it with the inputs and outputs of the
+original. The drop is from fp32, its interval a paired bootstrap over the samples.
+
+- `lossless` is graphopt's file without int8, `graphopt` that of `{options}`; where that refuses,
+  the lossless file counts
+- `ort-default` is `quantize_static` as it comes
+- `ort-u8s8` is `quantize_static` with u8 activations and s8 weights per channel, after
+  `quant_pre_process` (without symbolic shapes where those fail, at opset 13 where it is older)
+- `ort-dynamic` is `quantize_dynamic` with s8 weights per channel, after `quant_pre_process` where
+  it fails without
+- `nncf` is NNCF's ONNX backend at opset 13 or newer, `nncf-prepared` the same after
+  `quant_pre_process`; `openvino-int8` is NNCF's OpenVINO backend
 """
 
 

@@ -1,8 +1,10 @@
 """The quantizers that `int8.py` compares, each run as its own documentation says.
 
 onnxruntime's and NNCF's run in environments of their own (see peers.py), with the onnxruntime
-that graphopt itself has here: the same version quantizes and runs everywhere. NNCF is told of a
-transformer where the model is one, as its documentation asks; everything else is a default.
+that graphopt itself has here: the same version quantizes and runs everywhere. Peers get the help
+that their users would give them: preparation without symbolic shapes where those fail, opset 13
+where a model is older than per-channel quantization, the preparation for dynamic quantization where
+it fails without, and NNCF is told of a transformer where the model is one.
 """
 
 from __future__ import annotations
@@ -41,7 +43,33 @@ class Feeds:
                 yield dict(found)
 """
 
+_WAYS = """
+import pathlib
+import tempfile
+import onnx
+import onnxruntime
+def newer(source, target):
+    # Per-channel quantization begins with opset 13.
+    model = onnx.load(source)
+    if next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < 13:
+        model = onnx.version_converter.convert_version(model, 13)
+    onnx.save(model, target)
+    return target
+def in_turn(target, *ways):
+    # The first way whose file onnxruntime loads, else what the last one makes of it.
+    for way in ways[:-1]:
+        try:
+            way()
+            onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+        except Exception:
+            pathlib.Path(target).unlink(missing_ok=True)
+        else:
+            return
+    ways[-1]()
+"""
+
 _ONNXRUNTIME = """
+import onnx.version_converter
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
 from onnxruntime.quantization import quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -50,6 +78,9 @@ class Reader(CalibrationDataReader):
         self.left = iter(Feeds())
     def get_next(self):
         return next(self.left, None)
+def prepared(source, folder, symbolic):
+    quant_pre_process(source, folder + "/prepared.onnx", skip_symbolic_shape=not symbolic)
+    return folder + "/prepared.onnx"
 """
 
 _DEFAULT = """
@@ -57,29 +88,59 @@ def job(source, target):
     quantize_static(source, target, Reader())
 """
 
-_PREPARED = """
-import tempfile
+_U8S8 = """
 def job(source, target):
+    def quantize(prepared):
+        u8, s8 = QuantType.QUInt8, QuantType.QInt8
+        quantize_static(
+            prepared, target, Reader(), activation_type=u8, weight_type=s8, per_channel=True
+        )
     with tempfile.TemporaryDirectory() as folder:
-        prepared = folder + "/prepared.onnx"
-        quant_pre_process(source, prepared)
-        quantize_static(prepared, target, Reader(), {options})
+        in_turn(
+            target,
+            lambda: quantize(prepared(source, folder, True)),
+            lambda: quantize(prepared(source, folder, False)),
+            lambda: quantize(prepared(newer(source, folder + "/newer.onnx"), folder, False)),
+        )
 """
 
-_U8S8 = "activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True"
-_ENTROPY = "calibrate_method=CalibrationMethod.Entropy"
+_ENTROPY = """
+def job(source, target):
+    with tempfile.TemporaryDirectory() as folder:
+        model = prepared(source, folder, False)
+        quantize_static(model, target, Reader(), calibrate_method=CalibrationMethod.Entropy)
+"""
 
 _DYNAMIC = """
 def job(source, target):
-    quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+    def quantize(model):
+        quantize_dynamic(model, target, per_channel=True, weight_type=QuantType.QInt8)
+    with tempfile.TemporaryDirectory() as folder:
+        in_turn(
+            target,
+            lambda: quantize(source),
+            lambda: quantize(prepared(source, folder, False)),
+            lambda: quantize(prepared(newer(source, folder + "/newer.onnx"), folder, False)),
+        )
 """
 
 _NNCF = """
 import nncf
-import onnx
+import onnx.version_converter
 def job(source, target):
-    model = nncf.quantize(onnx.load(source), nncf.Dataset(Feeds()), model_type=model_type)
-    onnx.save(model, target)
+    def quantize(model, **options):
+        model = onnx.load(model)
+        onnx.save(nncf.quantize(model, nncf.Dataset(Feeds()), **options), target)
+    with tempfile.TemporaryDirectory() as folder:
+        model = newer(source, folder + "/newer.onnx")
+        {prepare}
+        in_turn(target, lambda: quantize(model, model_type=model_type), lambda: quantize(model))
+"""
+
+_PREPARE = """
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+        quant_pre_process(model, folder + "/prepared.onnx", skip_symbolic_shape=True)
+        model = folder + "/prepared.onnx"
 """
 
 _OPENVINO = """
@@ -128,7 +189,8 @@ class Tool:
         """The tool for one model and its calibration feeds, a folder of .npz files."""
         kind = "nncf.ModelType.TRANSFORMER" if model in TRANSFORMERS else "None"
         given = f"calibration = {str(calibration)!r}\n"
-        source = given + _FEEDS + self.source.replace("model_type=model_type", f"model_type={kind}")
+        parts = given + _FEEDS + _WAYS + self.source
+        source = parts.replace("model_type=model_type", f"model_type={kind}")
         return peers.Peer(self.name, self.version, _PACKAGES[self.environment], source)
 
 
@@ -143,9 +205,10 @@ TOOLS = {
         Tool(LOSSLESS, "", "graphopt"),
         Tool(OURS, "", "graphopt"),
         _onnxruntime("ort-default", _DEFAULT),
-        _onnxruntime("ort-u8s8", _PREPARED.format(options=_U8S8)),
+        _onnxruntime("ort-u8s8", _U8S8),
         _onnxruntime("ort-dynamic", _DYNAMIC),
-        Tool("nncf", NNCF, "nncf", _NNCF),
+        Tool("nncf", NNCF, "nncf", _NNCF.format(prepare="")),
+        Tool("nncf-prepared", NNCF, "nncf", _NNCF.format(prepare=_PREPARE.strip())),
         Tool("openvino-f32", OPENVINO, "nncf", runtime="openvino", precision="f32"),
         Tool("openvino", OPENVINO, "nncf", runtime="openvino"),
         Tool("openvino-int8", OPENVINO, "nncf", _OPENVINO, runtime="openvino"),
@@ -153,10 +216,10 @@ TOOLS = {
 }
 """All columns of the table: the original, graphopt's lossless and int8 files, and the peers'."""
 
-ENTROPY = _onnxruntime("ort-entropy", _PREPARED.format(options=_ENTROPY))
+ENTROPY = _onnxruntime("ort-entropy", _ENTROPY)
 """onnxruntime's preparation and entropy calibration: what the whole command is compared with."""
 
-RIVALS = ("ort-default", "ort-u8s8", "ort-dynamic", "nncf")
+RIVALS = ("ort-default", "ort-u8s8", "ort-dynamic", "nncf", "nncf-prepared")
 """The peers whose files onnxruntime runs, which graphopt's has to beat."""
 
 OPENVINOS = tuple(name for name, tool in TOOLS.items() if tool.runtime == "openvino")

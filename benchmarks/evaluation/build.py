@@ -79,7 +79,7 @@ def built(name: str, source: Path, folder: Path) -> Path:
             vocabulary = Path(temporary) / "tokenizer.json"
             if name == "paraphrase_minilm_l3":
                 _fetch_tokenizer(vocabulary)
-            call = [python, "-P", HERE / "write.py", name, draft, vocabulary]
+            call: peers.Arguments = [python, "-P", HERE / "write.py", name, draft, vocabulary]
             subprocess.run(call, check=True)
             _finish(name, source, draft)
         draft.rename(target)

@@ -91,7 +91,7 @@ def _accuracy(port: str, data: str, batch: int) -> Metric:
             _first(run({port: samples[start : start + batch]})).argmax(axis=1)
             for start in range(0, len(samples), batch)
         ]
-        return (np.concatenate(best) == evaluation["label"]).astype(np.float64)[:, None]
+        return np.array(np.concatenate(best) == evaluation["label"], np.float64)[:, None]
 
     return Metric("accuracy", "samples", rows, _mean)
 
@@ -220,7 +220,7 @@ def _rank_rows(run: Run, evaluation: Evaluation) -> Rows:
     texts = _embedded(run, evaluation["d_ids"], evaluation["d_mask"])
     likeness = asked @ texts.T
     ranks = 1 + (likeness > np.diag(likeness)[:, None]).sum(axis=1)
-    return (1 / ranks).astype(np.float64)[:, None]
+    return np.array(1 / ranks, np.float64)[:, None]
 
 
 METRICS = {

@@ -21,10 +21,20 @@ Array = NDArray[Any]
 HEIGHT = 48
 PAGE = 640
 CUTS = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
-    "DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique "
-    "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta"
-).split()
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+)
 SHRINK = 0.4  # the ratio of Differentiable Binarization (Liao et al. 2020), section 3.4
 
 
@@ -45,25 +55,25 @@ def phrase(rng: np.random.Generator, words: Sequence[str], longest: int) -> str:
 
 def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
     """Paper and ink, far enough apart to be read."""
-    dark, light = rng.uniform(0, 90, 3), rng.uniform(150, 255, 3)
+    dark, light = rng.uniform(0, 110, 3), rng.uniform(140, 255, 3)
     return (light, dark) if rng.random() < 0.75 else (dark, light)
 
 
 def _spoiled(image: Image.Image, rng: np.random.Generator) -> Array:
     """The image with blur and noise, uint8."""
     if rng.random() < 0.4:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1)))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.7)))
     pixels = np.asarray(image, np.float64) + rng.normal(
-        0, rng.uniform(2, 14), (*image.size[::-1], 3)
+        0, rng.uniform(2, 30), (*image.size[::-1], 3)
     )
     return pixels.clip(0, 255).astype(np.uint8)
 
 
 def line(rng: np.random.Generator, text: str) -> Array:
     """The text alone, uint8 [48, width, 3]."""
-    face = font(rng, 44)
+    face = font(rng, int(rng.integers(13, 45)))  # small ones are enlarged
     left, top, right, bottom = face.getbbox(text)
-    margins = rng.integers(3, 12, 4)
+    margins = (rng.integers(3, 12, 4) * face.size // 44).clip(1)
     size = (int(right - left + margins[:2].sum()), int(bottom - top + margins[2:].sum()))
     paper, ink = _colours(rng)
     image = Image.new("RGB", size, tuple(paper.astype(int)))
