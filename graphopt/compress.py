@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Final, Literal
 from graphopt.census import census
 from graphopt.data import given_feeds
 from graphopt.edit import Editor
-from graphopt.errors import RuntimeFailure, UsageError
+from graphopt.errors import UsageError
 from graphopt.ir import Model
 from graphopt.judging import Budget, Judge
 from graphopt.passes.quantize import noise
@@ -30,17 +29,17 @@ from graphopt.passes.quantize.recipe import (
 )
 from graphopt.proposals import first_feed
 from graphopt.runtime import Feed, Session
-from graphopt.search import Search, Trial, Winner, fastest
+from graphopt.search import Search, Trial, Winner, fastest, race
 from graphopt.statistics import Statistics, sweep
 from graphopt.targets import has_vnni
-
-_log = logging.getLogger(__name__)
+from graphopt.timing import Ratio
 
 Mode = Literal["auto", "static", "dynamic", "weights"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "static", "dynamic", "weights")
 _NOISE_FEEDS: Final = 8  # feeds on which noise is followed through the model
+_WORTH: Final = 1.03  # what a candidate must be faster by to be worth repairing
 _LEAST_GAIN: Final = 1e-3  # ms; below, a block gains nothing that could be measured
-_SECONDS: Final = 12.0  # of each of the two measurements of whole models
+_SECONDS: Final = 10.0  # of each measurement of whole models
 
 Tell = Callable[[str, float | None], None]
 
@@ -105,6 +104,7 @@ class Compression:
         self._tell = tell
         self._feed: Feed | None = None
         self._feeds = 0
+        self._speeds: dict[str, Ratio] = {}  # time(lossless) / time(candidate), by name
         self._candidates = Candidates(lossless, 8 if has_vnni() else 7)
         self._judge = Judge(original, self.feeds, request.budget, request.custom_ops)
         self._search: Search[Recipe] = Search(
@@ -117,16 +117,14 @@ class Compression:
         if self._request.data is None and mode == "static":
             raise UsageError("static int8 has to be calibrated: --data with some inputs")
         with self._judge:
-            good: list[Trial[Recipe]] = []
             if mode in ("auto", "static") and self._request.data is not None:
-                good += self._static()
+                self._repair(self._static())
             if mode in ("auto", "dynamic"):
-                good += self._dynamic(good)
+                self._dynamic()
             if mode == "weights":
                 recipe = self._stored(Recipe({}), self._lossless)
-                stored = self._search.try_out("weights in fewer bits", recipe)
-                good += [stored] if stored.verdict.good else []
-            return self._best(good)
+                self._search.try_out("weights in fewer bits", recipe)
+            return self._best()
 
     def feeds(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The feeds, anew: given ones, or one that is proposed."""
@@ -157,6 +155,7 @@ class Compression:
     # -- candidates --------------------------------------------------------------------------------
 
     def _static(self) -> list[Trial[Recipe]]:
+        """All units that can be static, and the cheapest divisions; good or not."""
         candidates = self._candidates
         everything = self._profiled()
         if everything is None:
@@ -176,12 +175,7 @@ class Compression:
             recipe = candidates.cut()
             if recipe.options not in seen:
                 tried.append(self._search.try_out("cheapest division, costs within it", recipe))
-        good = [trial for trial in tried if trial.verdict.good]
-        divided = tried[1:]
-        if divided and not any(trial.verdict.good for trial in divided):
-            repaired = self._repaired(min(divided, key=lambda trial: trial.verdict.drop))
-            good += [] if repaired is None else [repaired]
-        return good
+        return tried
 
     def _profiled(self) -> Trial[Recipe] | None:
         """Everything static, by which costs are known from then on; None if nothing can be."""
@@ -194,17 +188,18 @@ class Compression:
         candidates.profile(everything.file, self._proposed(), threads)
         return everything
 
-    def _repaired(self, trial: Trial[Recipe]) -> Trial[Recipe] | None:
-        """What is left of a candidate once it is good enough."""
+    def _repaired(self, trial: Trial[Recipe]) -> None:
+        """Try what is left of a candidate once it is good enough."""
         found = self._sensitivities(trial.recipe)
         worst = sorted(found, key=lambda each: -each.noise / max(each.gain_ms, _LEAST_GAIN))
         of = {each.root: each.roots for each in found}
 
-        def without(recipe: Recipe, given_up: frozenset[str]) -> Recipe:
-            barred = frozenset[str]().union(*(of[root] for root in given_up))
-            return self._candidates.cut(1.0, barred)
+        chosen = trial.recipe.taking(STATIC)
 
-        return self._search.repair(trial, [each.root for each in worst], without)
+        def without(recipe: Recipe, given_up: frozenset[str]) -> Recipe:
+            return self._candidates.only(chosen.difference(*(of[root] for root in given_up)))
+
+        self._search.repair(trial, [each.root for each in worst], without)
 
     def _sensitivities(self, recipe: Recipe) -> list[Sensitivity]:
         """What each block of a choice does to the outputs when it alone is on integers."""
@@ -255,17 +250,50 @@ class Compression:
         names = names_of(self._candidates.units)
         return noise.measure(self._lossless, trial.file, names, feeds, self._request.threads)
 
-    def _dynamic(self, static: list[Trial[Recipe]]) -> list[Trial[Recipe]]:
-        """Dynamic products alone, and beside static units of what was good enough."""
+    def _repair(self, tried: list[Trial[Recipe]]) -> None:
+        """Make good what would be faster than all that is good already.
+
+        Following what each block does takes longer than all else: it is done for one candidate.
+        """
+        self._raced(tried)
+        good = [trial for trial in tried if trial.verdict.good]
+        best = max((self._speed(trial) for trial in good), default=1.0)
+        bad = [t for t in tried if not t.verdict.good and self._speed(t) > _WORTH * best]
+        if bad:
+            self._tell("looking for what it must give up", None)
+            self._repaired(max(bad, key=self._speed))
+
+    def _raced(self, trials: list[Trial[Recipe]]) -> None:
+        """Know how fast these are."""
+        new = [trial for trial in trials if trial.name not in self._speeds]
+        if new:
+            self._tell("timing", None)
+            self._speeds |= race(new, self._lossless, self._proposed(), **self._timing())
+
+    def _speed(self, trial: Trial[Recipe]) -> float:
+        return self._speeds[trial.name].median
+
+    def _timing(self) -> dict[str, Any]:
+        request = self._request
+        return {
+            "threads": request.threads,
+            "seconds": _SECONDS,
+            "custom_ops": request.custom_ops,
+        }
+
+    def _dynamic(self) -> None:
+        """Dynamic products alone, and beside the static units of the fastest that is good."""
         candidates = self._candidates
         if not candidates.products:
-            return []
-        tried = [self._search.try_out("dynamic", candidates.dynamic())]
-        for trial in static[-1:]:
-            mixed = candidates.with_dynamic(trial.recipe)
-            if mixed.options != trial.recipe.options:
-                tried.append(self._search.try_out(f"{trial.name}, and dynamic", mixed))
-        return [trial for trial in tried if trial.verdict.good]
+            return
+        good = [trial for trial in self._search.trials if trial.verdict.good]
+        self._search.try_out("dynamic", candidates.dynamic())
+        if good:
+            self._raced(good)
+            fast = max(good, key=self._speed)
+            mixed = candidates.with_dynamic(fast.recipe)
+            if mixed.options != fast.recipe.options:
+                self._search.try_out(f"{fast.name}, and dynamic", mixed)
 
     def _stored(self, recipe: Recipe, file: Path) -> Recipe:
         """The recipe of a file, with what is floating-point in it stored in fewer bits."""
@@ -290,11 +318,10 @@ class Compression:
 
     # -- the choice --------------------------------------------------------------------------------
 
-    def _best(self, good: list[Trial[Recipe]]) -> Outcome:
-        self._tell("timing", None)
-        winner = self._timed(good)
+    def _best(self) -> Outcome:
+        winner = self._timed(self._good())
         if winner.trial is not None:
-            winner = self._fused(winner, good)
+            winner = self._fused(winner)
         if winner.pays:
             winner = self._smaller(winner)
         reason = self._reason(winner)
@@ -308,35 +335,42 @@ class Compression:
             recipe, reason, self._search.trials, winner, self._candidates, found, self._feeds
         )
 
+    def _good(self) -> list[Trial[Recipe]]:
+        return [trial for trial in self._search.trials if trial.verdict.good]
+
     def _timed(self, good: list[Trial[Recipe]]) -> Winner[Recipe]:
+        self._raced(good)
+        self._tell("timing the fastest", None)
         return fastest(
             good,
+            self._speeds,
             self._original,
             self._lossless,
             self._proposed(),
-            threads=self._request.threads,
-            seconds=_SECONDS,
-            custom_ops=self._request.custom_ops,
+            **self._timing(),
         )
 
-    def _fused(self, winner: Winner[Recipe], good: list[Trial[Recipe]]) -> Winner[Recipe]:
-        """Regions that do not run on integer kernels after all are taken out again."""
-        trial = winner.trial
-        assert trial is not None
-        static = sorted(trial.recipe.taking(STATIC))
-        try:
-            left = census(trial.file, static, custom_ops=self._request.custom_ops).unfused
-        except RuntimeFailure as failure:
-            _log.info("no census: %s", failure)
-            return winner
-        heavy = {u.root for u in self._candidates.units if u.weights is not None}
-        lost = frozenset(left) & heavy
-        if not lost:
-            return winner
-        again = self._search.try_out(
-            f"{trial.name}, less {len(lost)} that do not fuse", trial.recipe.without(lost)
-        )
-        return self._timed([again, *good]) if again.verdict.good else winner
+    def _fused(self, winner: Winner[Recipe]) -> Winner[Recipe]:
+        """The fastest of which every region runs on integer kernels; others lose those that do not.
+
+        Where onnxruntime does not fuse, it dequantizes weights on every run.
+        """
+        out: set[str] = set()
+        while winner.trial is not None and (lost := self._unfused(winner.trial)):
+            trial = winner.trial
+            out.add(trial.name)
+            less = f"{trial.name}, less {len(lost)} that do not fuse"
+            if less not in self._speeds:
+                self._search.try_out(less, trial.recipe.without(lost))
+            winner = self._timed([each for each in self._good() if each.name not in out])
+        return winner
+
+    def _unfused(self, trial: Trial[Recipe]) -> frozenset[str]:
+        """Static products and convolutions that onnxruntime computes in floats all the same."""
+        heavy = {unit.root for unit in self._candidates.units if unit.weights is not None}
+        roots = sorted(heavy & trial.recipe.taking(STATIC))
+        found = census(trial.file, roots, custom_ops=self._request.custom_ops)
+        return frozenset(found.unfused)
 
     def _reason(self, winner: Winner[Recipe]) -> str:
         """Why nothing is kept, "" where something is."""

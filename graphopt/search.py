@@ -119,8 +119,24 @@ class Winner(Generic[R]):
         return self.trial is not None and self.against_lossless[self.trial.name].low > 1
 
 
+def race(
+    trials: Sequence[Trial[R]],
+    lossless: Path,
+    feed: Feed,
+    *,
+    threads: int,
+    seconds: float,
+    custom_ops: Sequence[Path] = (),
+) -> dict[str, Ratio]:
+    """time(lossless) / time(candidate) of all, by name, from one interleaved measurement."""
+    models = [lossless, *(trial.file for trial in trials)]
+    found = time_paired(models, feed, threads=threads, seconds=seconds, custom_ops=custom_ops)
+    return {trial.name: found.ratios[1 + index] for index, trial in enumerate(trials)}
+
+
 def fastest(
     trials: Sequence[Trial[R]],
+    known: Mapping[str, Ratio],
     original: Path,
     lossless: Path,
     feed: Feed,
@@ -129,13 +145,14 @@ def fastest(
     seconds: float,
     custom_ops: Sequence[Path] = (),
 ) -> Winner[R]:
-    """Time the good ones with original and lossless model; then the best of them more closely."""
+    """The best of good candidates: two that a race has found the fastest, timed more closely.
+
+    Fresh sessions and another order than the race had: what was only lucky there is found out.
+    """
     good = [trial for trial in trials if trial.verdict.good]
     if not good:
-        return Winner(None, {}, {}, None)
-    first = _timed(lossless, good, feed, threads, seconds, custom_ops)
-    order = sorted(good, key=lambda trial: -first[trial.name].median)
-    closest = order[:2]
+        return Winner(None, dict(known), {}, None)
+    closest = sorted(good, key=lambda trial: -known[trial.name].median)[:2]
     final = time_paired(
         [lossless, *(trial.file for trial in closest), original],
         feed,
@@ -148,20 +165,7 @@ def fastest(
     best = max(closest, key=lambda trial: ratios[trial.name].median)
     base = final.ratios[-1]  # lossless to original: below 1 where lossless is faster
     whole = {name: _over(ratio, base) for name, ratio in ratios.items()}
-    return Winner(best, {**first, **ratios}, whole, final)
-
-
-def _timed(
-    lossless: Path,
-    trials: Sequence[Trial[R]],
-    feed: Feed,
-    threads: int,
-    seconds: float,
-    custom_ops: Sequence[Path],
-) -> dict[str, Ratio]:
-    models = [lossless, *(trial.file for trial in trials)]
-    found = time_paired(models, feed, threads=threads, seconds=seconds, custom_ops=custom_ops)
-    return {trial.name: found.ratios[1 + index] for index, trial in enumerate(trials)}
+    return Winner(best, {**known, **ratios}, whole, final)
 
 
 def _over(ratio: Ratio, base: Ratio) -> Ratio:

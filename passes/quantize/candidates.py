@@ -84,6 +84,10 @@ class Candidates:
         """All units that can be static are."""
         return self._static(self._usable)
 
+    def only(self, roots: Collection[str]) -> Recipe:
+        """These units, of those that can be static."""
+        return self._static([unit for unit in self._usable if unit.root in roots])
+
     def cut(self, conversions: float = 1.0, barred: Collection[str] = frozenset()) -> Recipe:
         """The cheapest division by the profiles; the units `barred` stay in floats."""
         assert self._floats is not None
