@@ -23,6 +23,7 @@ from graphopt.passes.quantize.recipe import (
     HALF,
     STATIC,
     TABLE,
+    WEIGHTS,
     Recipe,
     half_regions,
     table_regions,
@@ -122,8 +123,7 @@ class Compression:
             if mode in ("auto", "dynamic"):
                 self._dynamic()
             if mode == "weights":
-                recipe = self._stored(Recipe({}), self._lossless)
-                self._search.try_out("weights in fewer bits", recipe)
+                self._weights()
             return self._best()
 
     def feeds(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -295,6 +295,14 @@ class Compression:
             if mixed.options != fast.recipe.options:
                 self._search.try_out(f"{fast.name}, and dynamic", mixed)
 
+    def _weights(self) -> None:
+        """Weights of 8 and 4 bits where products are, of 16 and in tables elsewhere."""
+        for bits in WEIGHTS:
+            recipe = self._candidates.weights_only(bits)
+            file = self._write(recipe, len(self._search.trials))
+            name = f"weights of {bits} bits"
+            self._search.try_out(name, self._stored(recipe, file))
+
     def _stored(self, recipe: Recipe, file: Path) -> Recipe:
         """The recipe of a file, with what is floating-point in it stored in fewer bits."""
         edit = Editor(Model.load(file))
@@ -322,7 +330,7 @@ class Compression:
         winner = self._timed(self._good())
         if winner.trial is not None:
             winner = self._fused(winner)
-        if winner.pays:
+        if winner.pays and self._request.mode != "weights":
             winner = self._smaller(winner)
         reason = self._reason(winner)
         recipe = winner.trial.recipe if winner.trial is not None else None
@@ -366,11 +374,15 @@ class Compression:
         return winner
 
     def _unfused(self, trial: Trial[Recipe]) -> frozenset[str]:
-        """Static products and convolutions that onnxruntime computes in floats all the same."""
-        heavy = {unit.root for unit in self._candidates.units if unit.weights is not None}
-        roots = sorted(heavy & trial.recipe.taking(STATIC))
-        found = census(trial.file, roots, custom_ops=self._request.custom_ops)
-        return frozenset(found.unfused)
+        """Static products and convolutions that onnxruntime computes in floats all the same.
+
+        A bias may be added in floats behind an integer product, which is why the operator itself
+        is looked for.
+        """
+        chosen = self._candidates.chosen(trial.recipe)
+        roots = {u.node.outputs[0].name: u.root for u in chosen if u.weights and u.node.outputs[0]}
+        found = census(trial.file, sorted(roots), custom_ops=self._request.custom_ops)
+        return frozenset(roots[name] for name in found.unfused)
 
     def _reason(self, winner: Winner[Recipe]) -> str:
         """Why nothing is kept, "" where something is."""
@@ -380,8 +392,10 @@ class Compression:
         if winner.trial is None:
             best = min(trials, key=lambda trial: trial.verdict.drop)
             return f"no candidate is good enough; the best of them: {best.verdict.text}"
+        ratio = winner.against_lossless[winner.trial.name]
+        if self._request.mode == "weights" and not ratio.significantly_slower:
+            return ""  # asked for bytes
         if not winner.pays:
-            ratio = winner.against_lossless[winner.trial.name]
             return (
                 f"int8 is not faster than the best lossless model here: {ratio.median:.2f}x "
                 f"({ratio.low:.2f} to {ratio.high:.2f})"
@@ -391,5 +405,5 @@ class Compression:
 
 def counts(recipe: Recipe) -> Mapping[str, int]:
     """How many regions take each option."""
-    options = (STATIC, DYNAMIC, TABLE, HALF)
+    options = (STATIC, DYNAMIC, *WEIGHTS.values(), TABLE, HALF)
     return {option: len(recipe.taking(option)) for option in options if recipe.taking(option)}

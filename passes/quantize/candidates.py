@@ -16,10 +16,12 @@ from graphopt.passes.quantize.placement import cheapest
 from graphopt.passes.quantize.recipe import (
     DYNAMIC,
     STATIC,
+    WEIGHTS,
     Recipe,
     dynamic_regions,
     half_regions,
     table_regions,
+    weight_regions,
 )
 from graphopt.passes.quantize.units import Unit, Units
 from graphopt.runtime import Feed
@@ -38,6 +40,7 @@ class Candidates:
         edit = Editor(self.model)
         self.units: list[Unit] = Units(edit).all
         self.products = dynamic_regions(edit)
+        self.weighted = weight_regions(edit)
         self.tables = table_regions(edit)
         self.halves = half_regions(edit)
         self.bits = bits
@@ -110,6 +113,10 @@ class Candidates:
     def dynamic(self, barred: Collection[str] = frozenset()) -> Recipe:
         """All products dynamic, nothing static."""
         return self.with_dynamic(Recipe({}, weights=Options(self.bits)), barred)
+
+    def weights_only(self, bits: int) -> Recipe:
+        """All products with weights of so many bits, activations in floats."""
+        return Recipe(dict.fromkeys(self.weighted, WEIGHTS[bits]), weights=Options(self.bits))
 
     def chosen(self, recipe: Recipe) -> list[Unit]:
         """The units that a recipe makes static."""

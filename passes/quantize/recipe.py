@@ -22,11 +22,13 @@ from graphopt.passes.quantize.emission import Emitter, Options
 from graphopt.passes.quantize.half import can_be_half, store_half
 from graphopt.passes.quantize.products import product_of
 from graphopt.passes.quantize.units import Units
+from graphopt.passes.quantize.weights import can_be_weight_only, make_weight_only
 
-FLOAT: Final = "float"
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm", "LSTM"})
+
 STATIC: Final = "static"
 DYNAMIC: Final = "dynamic"
+WEIGHTS: Final = {8: "weights8", 4: "weights4"}  # by bits
 TABLE: Final = "int8-table"
 HALF: Final = "half"
 
@@ -67,6 +69,9 @@ class Recipe:
             edit.settle()
         for root in sorted(self.taking(DYNAMIC)):
             make_dynamic(edit, _found(dynamic, root), bits=self.weights.bits)
+        for bits, option in WEIGHTS.items():
+            for root in sorted(self.taking(option)):
+                make_weight_only(edit, _found(dynamic, root), bits=bits)
         for root in sorted(self.taking(TABLE)):
             make_int8_table(edit, _found(tables, root))
         edit.settle()
@@ -93,6 +98,12 @@ def dynamic_regions(edit: Editor) -> dict[str, Node]:
             first = result or next(value for value in node.outputs if value is not None)
             found[first.name] = node
     return found
+
+
+def weight_regions(edit: Editor) -> dict[str, Node]:
+    """Products whose weights alone can be stored as integers, by what they compute."""
+    products = dynamic_regions(edit).items()
+    return {root: node for root, node in products if can_be_weight_only(node, edit) is None}
 
 
 def table_regions(edit: Editor) -> dict[str, Node]:
