@@ -17,7 +17,16 @@ from graphopt.passes.pipelines import LEVELS, PASSES
 from graphopt.report import Report
 
 HERE = Path(__file__).parent
-COMMANDS = ("", "optimize", "validate", "inspect", "bench", "explain", "passes")
+COMMANDS = (
+    "",
+    "optimize",
+    "validate",
+    "inspect",
+    "bench",
+    "sensitivity",
+    "explain",
+    "passes",
+)
 
 
 def commands() -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import onnx
 
@@ -23,6 +24,11 @@ from graphopt.report import Report, ValidationRecord
 
 if TYPE_CHECKING:
     from graphopt.blame import Fault
+    from graphopt.compress import Mode
+    from graphopt.int8 import Int8
+    from graphopt.int8_wanted import Wanted
+
+MAX_DROP: Final = 0.01  # of a score or of agreement, unless more is allowed
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ def optimize(
     keep_overridable: bool = False,
     external: ExternalPolicy = "auto",
     seed: int = 0,
+    int8: Mode | None = None,
+    max_drop: float = MAX_DROP,
+    metric: str | None = None,
+    min_sqnr: float | None = None,
+    decisions: str | Path | None = None,
+    replay: str | Path | None = None,
+    force: bool = False,
+    threads: int = 0,
     verify_each: bool | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -75,22 +89,80 @@ def optimize(
     Where the result differs, the change at fault is found, denied and reported as a warning, with
     a reproducer beside the output (in a temporary folder without one), and the rest is proved.
 
-    Raises UsageError (bad file, level, pass, data, shape, opset), ValidationError where the result
-    differs all the same, and UnprovenError where nothing shows that it does not, unless `unproven`
-    is set. The two last carry the report as `error.report`.
+    `int8` goes on from the proved model, for the target "ort-cpu": it is kept where it is faster
+    than that model on this machine, with `threads` (0: all cores), and loses at most `max_drop` of
+    a `metric` (`file.py:function`), or of the agreement with the original; `min_sqnr` (dB) takes
+    the place of agreement. `data` calibrates it. `decisions` is a file to record it in, `replay`
+    one to repeat it from, to the same bytes. `force` keeps the fastest good candidate though it
+    does not pay, or the least bad one where none is good.
+
+    Raises UsageError (bad file, level, pass, data, shape, opset, metric, decisions),
+    ValidationError where the result differs all the same, UnprovenError where nothing shows that
+    it does not, unless `unproven` is set, and RefusedError where no int8 is worth keeping. The
+    three last carry the report as `error.report`.
     """
     if target not in ("portable", "ort-cpu"):
         raise UsageError(f"target {target!r}: there are 'portable' and 'ort-cpu'")
-    steps = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
+    source = Path(source) if isinstance(source, str) else source
     tell: Progress = progress or (lambda what, share: None)
-    job = _Job(Path(source) if isinstance(source, str) else source, level, steps, tell, verify_each)
+    options = int8, max_drop, metric, min_sqnr, decisions, replay, force, threads
+    wanted = _wanted(*options, target=target, data=data, models=(source, output))
+    asked = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
+    settings = {"level": level, "passes": passes, "opset": opset}
+    settings |= {"keep_overridable": keep_overridable, "shapes": _text(shapes)}
+    held = fixed_shapes(asked)
+    libraries = [Path(library) for library in custom_ops]
+    step = None
+    if wanted is not None:
+        from graphopt.int8 import Int8
+
+        step = Int8(wanted, source, held, data, libraries, seed, settings, tell)
+        opset = step.opset(opset)
+    steps = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
+    job = _Job(source, level, steps, tell, verify_each)
     prover = None
     if validate:
         _check_opset(opset)
-        held = fixed_shapes(steps)
-        prover = Prover(job.source, job.load, job.requested, held, data, custom_ops, seed, job.tell)
-    with staging(Path(output) if output is not None else None) as (place, staged):
-        return job.run(place, staged, external, prover, accept_unproven=unproven)
+        prover = Prover(source, job.load, job.requested, held, data, libraries, seed, tell)
+    with (
+        staging(Path(output) if output is not None else None) as (place, staged),
+        step or contextlib.nullcontext(),
+    ):
+        return job.run(place, staged, external, prover, step, accept_unproven=unproven)
+
+
+def _wanted(
+    int8: Mode | None,
+    max_drop: float,
+    metric: str | None,
+    min_sqnr: float | None,
+    decisions: str | Path | None,
+    replay: str | Path | None,
+    force: bool,
+    threads: int,
+    *,
+    target: str,
+    data: str | None,
+    models: Sequence[str | Path | onnx.ModelProto | None],
+) -> Wanted | None:
+    """What is asked of int8, None where that is nothing. Raises UsageError."""
+    given = int8, metric, min_sqnr, decisions, replay, force or None, threads or None
+    if all(option is None for option in given) and max_drop == MAX_DROP:
+        return None
+    from graphopt.int8_wanted import Wanted
+    from graphopt.judging import Budget
+
+    written, read = (None if path is None else Path(path) for path in (decisions, replay))
+    budget = Budget(max_drop, metric, min_sqnr)
+    wanted = Wanted(int8, budget, written, read, force, threads)
+    wanted.check(target, data, [Path(m) for m in models if isinstance(m, str | Path)])
+    return wanted
+
+
+def _text(shapes: Mapping[str, Sequence[int]] | None) -> str | None:
+    if not shapes:
+        return None
+    return ", ".join(f"{name}:{'x'.join(map(str, sizes))}" for name, sizes in shapes.items())
 
 
 def _check_opset(opset: int | None) -> None:
@@ -145,6 +217,7 @@ class _Job:
         staged: Path,
         external: ExternalPolicy,
         prover: Prover | None,
+        step: Int8 | None = None,
         *,
         accept_unproven: bool,
     ) -> Result:
@@ -164,12 +237,21 @@ class _Job:
         elif place is not None:
             candidate.write(self.tell)
         accepted = ("proved", "skipped", *(["unproven"] if accept_unproven else []))
+        lossy = None
+        if step is not None and proof.verdict in accepted:
+            lossy = step.run(candidate, read.bytes)
+        is_kept = proof.verdict in accepted and (lossy is None or lossy.kept)
         written = None
-        if place is not None and proof.verdict in accepted:
+        if place is not None and is_kept:
             written = records.file_info(place.path, place.commit(candidate.files))
+        if step is not None and is_kept:
+            step.commit()
         candidate.runs[:0] = prepared
         report = self._report(candidate, read, written, before, proof, faults)
-        if proof.verdict not in accepted:
+        if step is not None:
+            warnings = [*report.warnings, *step.remarks.warnings]
+            report = report.model_copy(update={"int8": lossy, "warnings": warnings})
+        if not is_kept:
             raise _refusal(report)
         return Result(candidate.model, report)
 
@@ -225,6 +307,12 @@ def _source_info(source: Path | onnx.ModelProto, model: Model) -> records.FileIn
 
 
 def _refusal(report: Report) -> RefusedError:
+    if report.int8 is not None:
+        from graphopt.int8 import refusal
+
+        refused = RefusedError(refusal(report.int8))
+        refused.report = report
+        return refused
     proof = report.validation
     kind: type[RefusedError] = ValidationError if proof.verdict == "failed" else UnprovenError
     hint = "" if proof.verdict == "failed" else "; --unproven writes it all the same"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graphopt.exported import Options
-    from graphopt.report import BenchRecord, Record, Report
+    from graphopt.record import Record
+    from graphopt.report import BenchRecord, Report
 
 app = typer.Typer(
     add_completion=False,
@@ -73,6 +74,14 @@ def optimize(
     external_data: o.ExternalData = "auto",
     custom_ops: o.CustomOps = None,
     seed: o.Seed = 0,
+    int8: o.Int8 = None,
+    max_drop: o.MaxDrop = 0.01,
+    metric: o.Metric = None,
+    min_sqnr: o.MinSqnr = None,
+    decisions: o.Decisions = None,
+    replay: o.Replay = None,
+    force: o.Force = False,
+    threads: o.ModelThreads = 0,
     json: o.Json = False,
     report: o.ReportFile = None,
     bench: o.Bench = False,
@@ -88,10 +97,12 @@ def optimize(
     what |= Options(keep_overridable=keep_overridable, external=external_data)
     what |= Options(validate=validate, unproven=unproven, data=data, custom_ops=libraries)
     what |= Options(seed=seed, verify_each=verify_each or None)  # None: as the environment says
+    what |= Options(int8=int8, max_drop=max_drop, metric=metric, min_sqnr=min_sqnr)
+    what |= Options(decisions=decisions, replay=replay, force=force, threads=threads)
     with shell.report_writer(report, source, output) as save:
         record = _optimized(source, output, what, save, quiet=json)
         if bench:
-            found = _bench([source, output], data, seed, libraries, shapes)
+            found = _bench([source, output], data, seed, libraries, shapes, threads)
             record = record.model_copy(update={"bench": found})
             save(record)
     _tell(record, json, lambda console: show_report(record, console, every_pass=verbose))
@@ -224,6 +235,36 @@ def bench(
         Model.load(path)  # a file that is no model is said so before anything is timed
     found = _bench(models, data, seed, custom_ops or [], o.shapes(shape), threads, seconds)
     _tell(found, json, lambda console: show_bench(found, console))
+
+
+@app.command(short_help="Say what int8 would cost a model, region by region.")
+@shell.boundary
+def sensitivity(
+    model: o.ModelFile,
+    data: o.Data = None,
+    threads: o.ModelThreads = 0,
+    shape: o.FixedShapes = None,
+    custom_ops: o.CustomOps = None,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Say what static int8 does to MODEL, region by region: noise that comes in, time that goes."""
+    from graphopt.render.int8 import show_sensitivity
+    from graphopt.render.progress import progress
+    from graphopt.sensitivity import sensitivity as measure
+
+    with progress() as tell:
+        found = measure(
+            model,
+            data=data,
+            shapes=o.shapes(shape, keep=True),
+            custom_ops=custom_ops or [],
+            seed=seed,
+            threads=threads,
+            progress=tell,
+        )
+    _tell(found, json, lambda console: show_sensitivity(found, console))
 
 
 @app.command(short_help="List the passes, the rules and what each level runs.")

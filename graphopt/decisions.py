@@ -21,7 +21,8 @@ from pydantic import AfterValidator, Field, PlainSerializer, ValidationError, mo
 
 from graphopt import output
 from graphopt.errors import UsageError
-from graphopt.report import Host, Record, version
+from graphopt.record import Record
+from graphopt.report import Host, version
 
 SCHEMA_VERSION: Final = 1
 _CHUNK: Final = 1 << 20  # bytes that are hashed at a time
@@ -96,6 +97,8 @@ class Decisions(Record):
     options: dict[str, str | int | float | bool | None] = Field(
         description="what the user asked for"
     )
+    candidate: str = Field(default="", description="what is kept, as the report calls it")
+    found: str = Field(default="", description="how it compared with the original, in words")
     regions: list[RegionDecision]
     tensors: dict[str, TensorQuantization] = Field(default={}, description="by value name")
     biases: dict[str, list[Float32]] = Field(

@@ -22,7 +22,7 @@ from graphopt.manager import Pass
 from graphopt.match import Context, Matcher, stated
 from graphopt.passes.pipelines import pipeline
 from graphopt.passes.rules import all_rules, family_of, plugins
-from graphopt.report import Record
+from graphopt.record import Record
 from graphopt.rules import Const, Literal, Operand, Output, PatternNode, Rule, Variable
 
 _log = logging.getLogger(__name__)

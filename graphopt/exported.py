@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 from graphopt.api import Result, optimize
 from graphopt.errors import OutputError, RefusedError, UsageError
@@ -16,6 +16,9 @@ from graphopt.output import ExternalPolicy
 from graphopt.passes.pipelines import pipeline
 from graphopt.prover import Progress
 from graphopt.report import Report
+
+if TYPE_CHECKING:
+    from graphopt.compress import Mode
 
 OnError = Literal["keep", "raise"]
 
@@ -35,6 +38,14 @@ class Options(TypedDict, total=False):
     keep_overridable: bool
     external: ExternalPolicy
     seed: int
+    int8: Mode | None
+    max_drop: float
+    metric: str | None
+    min_sqnr: float | None
+    decisions: str | Path | None
+    replay: str | Path | None
+    force: bool
+    threads: int
     verify_each: bool | None
     progress: Progress | None
 

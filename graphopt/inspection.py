@@ -14,7 +14,8 @@ from graphopt import exporter, macs
 from graphopt.assumptions import choose_sizes
 from graphopt.ir import STANDARD_DOMAINS, Model, Value, Weight
 from graphopt.operators import RANDOM, RUNTIME_DOMAINS, is_random
-from graphopt.report import FileInfo, GraphStats, Record, file_info, stats
+from graphopt.record import Record
+from graphopt.report import FileInfo, GraphStats, file_info, stats
 
 SCHEMA_VERSION: Final = 1
 

@@ -39,6 +39,15 @@ class Budget:
     min_sqnr: float | None = None
 
 
+@dataclass(frozen=True)
+class Judged(Verdict):
+    """A verdict with the numbers behind it: scores by the metric, or agreement, where 1 is best."""
+
+    before: float = 1.0
+    after: float = 0.0
+    quality: Quality | None = None
+
+
 class Judge:
     """Compares candidates with the original, which is loaded and scored once."""
 
@@ -100,13 +109,13 @@ class Judge:
 
     def noise(self, candidate: Path, most: int) -> float:
         """How far a candidate is from the original on at most so many feeds: `Quality.noise`."""
-        assert self._session is not None
-        if not self._known:
-            self._known = list(self._remembered(self._session))
         with Session(candidate, custom_ops=self._custom_ops) as session:
             return self._compared(session, most).noise
 
     def _compared(self, session: Session, most: int | None = None) -> Quality:
+        assert self._session is not None
+        if not self._known:
+            self._known = list(self._remembered(self._session))
         outputs = {id(feed): known for feed, known in self._known}
         feeds = [feed for feed, _ in self._known[:most]]
         return compare(lambda feed: outputs[id(feed)], session.run, feeds, classes=self.classes)
@@ -117,15 +126,30 @@ class Judge:
         found = self._metric(session.run)
         drop = -difference(self._score, found).value
         text = f"{self._budget.metric} {found.value:.4f}, {self._score.value:.4f} before"
-        return Verdict(drop <= self._budget.max_drop, drop, text)
+        good = drop <= self._budget.max_drop
+        quality = None
+        if self._budget.min_sqnr is not None:
+            quality = self._compared(session)
+            good = good and self._has_signal(quality)
+            text += _sqnr(quality)
+        return Judged(good, drop, text, self._score.value, found.value, quality)
 
     def _by_agreement(self, quality: Quality) -> Verdict:
-        sqnr = "" if quality.sqnr_db is None else f", SQNR {quality.sqnr_db:.1f} dB"
-        text = f"agreement {quality.agreement:.4f}{sqnr} on {quality.feeds} feeds"
+        text = f"agreement {quality.agreement:.4f}{_sqnr(quality)} on {quality.feeds} feeds"
         if self._budget.min_sqnr is not None:
-            good = quality.sqnr_db is None or quality.sqnr_db >= self._budget.min_sqnr
-            return Verdict(good and quality.agreement > 0, quality.drop, text)
-        return Verdict(quality.drop <= self._budget.max_drop, quality.drop, text)
+            good = self._has_signal(quality)
+        else:
+            good = quality.drop <= self._budget.max_drop
+        return Judged(good, quality.drop, text, 1.0, quality.agreement, quality)
+
+    def _has_signal(self, quality: Quality) -> bool:
+        least = self._budget.min_sqnr
+        enough = least is None or quality.sqnr_db is None or quality.sqnr_db >= least
+        return enough and quality.agreement > 0
+
+
+def _sqnr(quality: Quality) -> str:
+    return "" if quality.sqnr_db is None else f", SQNR {quality.sqnr_db:.1f} dB"
 
 
 def unlike_classes(model: Model) -> dict[str, None]:

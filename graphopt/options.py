@@ -58,6 +58,30 @@ KeepOverridable = Annotated[
 ExternalData = Annotated[
     Literal["auto", "always", "never"], typer.Option(help="Weights in a file of their own.")
 ]
+Int8 = Annotated[
+    Literal["auto", "static", "dynamic", "weights"] | None,
+    typer.Option(help="Compute on int8 where that is faster here and loses little."),
+]
+MaxDrop = Annotated[
+    float, typer.Option(help="int8: what may be lost of the metric, or of agreement.")
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(metavar="FILE:FUNCTION", help="int8: scores a model; else it has to agree."),
+]
+MinSqnr = Annotated[
+    float | None, typer.Option(metavar="DB", help="int8: judge by signal to noise instead.")
+]
+Decisions = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="int8: write down what was decided.")
+]
+Replay = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="int8: do what was decided, measure nothing.")
+]
+Force = Annotated[bool, typer.Option("--force", help="int8: write it even if it is not worth it.")]
+ModelThreads = Annotated[
+    int, typer.Option("--threads", min=0, help="int8: that the model will have; 0: all cores.")
+]
 Bench = Annotated[bool, typer.Option("--bench", help="Time the original against the result.")]
 VerifyEach = Annotated[
     bool, typer.Option("--verify-each", help="Verify the graph after every pass.")

@@ -11,22 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from graphopt.int8_report import Int8Record
 from graphopt.ir import Model, Weight
 from graphopt.manager import PassRun
+from graphopt.record import Record
 
 if TYPE_CHECKING:
     from graphopt.blame import Fault
 
 SCHEMA_VERSION: Final = 1
 Verdict = Literal["proved", "failed", "unproven", "skipped"]
-
-
-class Record(BaseModel):
-    """Base of all parts: immutable, unknown fields refused. Infinite numbers stay numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class FileInfo(Record):
@@ -113,9 +109,9 @@ class ValidationRecord(Record):
     verdict: Verdict
     reason: str = ""
     tolerance: float = Field(default=0.0, description="of the narrowest float type computed in")
-    feeds: list[FeedRecord] = []
-    outputs: list[OutputRecord] = []
-    notes: list[str] = []
+    feeds: list[FeedRecord] = Field(default=[])
+    outputs: list[OutputRecord] = Field(default=[])
+    notes: list[str] = Field(default=[])
     seconds: float = 0.0
 
     @property
@@ -187,6 +183,9 @@ class Report(Record):
     blame: list[BlameRecord] = Field(default=[], description="what was denied to prove the result")
     fingerprint: str = Field(default="", description="of the result: equal ones, the same graph")
     warnings: list[str]
+    int8: Int8Record | None = Field(
+        default=None, description="if asked for; `validation` is then of the step before it"
+    )
     bench: BenchRecord | None = Field(default=None, description="original against result, if asked")
     seconds: float
 
@@ -250,13 +249,15 @@ def file_info(path: Path, files: list[Path] | None = None) -> FileInfo:
 def host() -> Host:
     """This machine: CPU with the features that decide about int8, versions that decide the rest."""
     import archspec.cpu
+    from archspec.cpu.detect import detected_info
 
-    cpu = archspec.cpu.host()
+    # The name is that of a microarchitecture all of whose features are there; there may be more.
+    name, found = archspec.cpu.host().name, detected_info().features
     interesting = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
     packages = ("onnx", "onnxruntime", "numpy")
     return Host(
-        cpu=cpu.name,
-        features=[name for name in interesting if name in cpu.features],
+        cpu=name,
+        features=[feature for feature in interesting if feature in found],
         system=platform.platform(),
         python=platform.python_version(),
         versions={name: metadata.version(name) for name in packages},

@@ -22,7 +22,7 @@ from graphopt.errors import GraphoptError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graphopt.report import Record
+    from graphopt.record import Record
 
 P = ParamSpec("P")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

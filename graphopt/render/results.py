@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.render import text
+from graphopt.render.int8 import show_int8
 from graphopt.render.listings import speed_line
 from graphopt.report import Report, ValidationRecord
 
@@ -29,10 +30,16 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
     console.print(title.append(f"   {_settings(report)}", style="dim"), soft_wrap=True)
     console.print(text.indented(_sizes(report)))
     console.print()
-    text.show_beside([table for table in (_removed(report), _rules(report)) if table], console)
+    if report.int8 is None or every_pass:  # else int8 has the screen
+        tables = [table for table in (_removed(report), _rules(report)) if table]
+        text.show_beside(tables, console)
     if every_pass and report.passes:
         text.show_beside([_passes(report)], console)
+    if report.int8 is not None:
+        show_int8(report.int8, console, every_candidate=every_pass)
     lines = proof_lines(report.validation)
+    if report.int8 is not None:  # what was proved is the step before it
+        lines[0] = ("lossless", lines[0][1])
     lines += _warnings(report)
     if report.bench is not None:
         lines.append(("speed", Text(speed_line(report.bench))))
@@ -47,7 +54,10 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
 
 def show_refusal(report: Report, console: Console) -> None:
     """What the comparison found, and what was tried to mend it."""
-    show_validation(report.validation, console)
+    if report.int8 is not None:
+        show_int8(report.int8, console)
+    else:
+        show_validation(report.validation, console)
     if report.warnings:
         console.print(text.facts(_warnings(report)))
 
@@ -70,10 +80,9 @@ def _sizes(report: Report) -> Table:
     if _CONSTANT in before.operators:  # they take no time: the rest says more
         rest = [stats.nodes - stats.operators.get(_CONSTANT, 0) for stats in (before, after)]
         rows.append(("that compute", rest[0], rest[1], "{:,}".format))
-    rows += [
-        ("parameters", before.parameters, after.parameters, text.count),
-        ("weights", before.weight_bytes, after.weight_bytes, text.size),
-    ]
+    if report.int8 is None:  # integers are not counted among them
+        rows.append(("parameters", before.parameters, after.parameters, text.count))
+    rows.append(("weights", before.weight_bytes, after.weight_bytes, text.size))
     if report.target is not None:
         rows.append(("file", report.source.bytes, report.target.bytes, text.size))
     table = text.table("", "before", "after", "change")
