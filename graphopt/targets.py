@@ -7,6 +7,7 @@ tests/test_targets.py against the graph as onnxruntime runs it.
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Final, Literal
 
 Kind = Literal[
@@ -60,6 +61,21 @@ FLOAT_RESULT: Final = frozenset({"product"})
 CLAMPS: Final = frozenset({"Relu", "Clip"})
 CLAMPED: Final = frozenset({"convolution", "product", "sum"})
 
+# What onnxruntime takes onto integers unasked wherever DequantizeLinear stands before it and
+# QuantizeLinear behind. The float weights of these are quantized by tensor in passing (those of
+# ConvTranspose even dequantized again on every run):
+QUANTIZED_UNASKED: Final = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# and these were measured two and three times slower on integers.
+SLOW_ON_INTEGERS: Final = frozenset({"AveragePool", "Softmax"})
+# Through these DequantizeLinear is moved down and QuantizeLinear up to where they fuse.
+PASSED_THROUGH: Final = frozenset(
+    {"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+
+# Opsets in which DequantizeLinear has one scale for each channel of a weight, and of which
+# onnxruntime 1.32 has both conversions: of opset 28 it reads models, but not these.
+OPSETS: Final = range(13, 28)
+
 
 @functools.cache
 def has_vnni() -> bool:
@@ -68,9 +84,10 @@ def has_vnni() -> bool:
     Without it weights need 7 bits (`reduce_range`): AVX2's pmaddubsw adds two products in 16 bits.
     ARM multiplies without saturation whatever its extensions.
     """
-    import archspec.cpu
+    from archspec.cpu.detect import detected_info
 
-    host = archspec.cpu.host()
-    if host.family.name in ("aarch64", "arm"):
+    if platform.machine().lower() in ("aarch64", "arm64"):
         return True
-    return bool({"avx512_vnni", "avx_vnni"} & set(host.features))
+    # Not `archspec.cpu.host()`, which has the features of the latest microarchitecture that it
+    # knows by all of its flags, not those of the CPU: virtual machines hide a few.
+    return bool({"avx512_vnni", "avx_vnni"} & set(detected_info().features))

@@ -2,7 +2,7 @@
 
 u8 activations by tensor, s8 weights by channel, int32 biases at the scale of the products, scalar
 zero points written out, one QuantizeLinear a value and a DequantizeLinear for each reader: facts
-that tests/test_quantize_fusion.py checks against the graph as onnxruntime runs it.
+that tests/test_targets.py checks against the graph as onnxruntime runs it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from graphopt.kernels.affine import (
     quantize,
     scale_for_bias,
 )
+from graphopt.passes.quantize.barriers import hold_back, keep_integer
 from graphopt.passes.quantize.units import Unit
+from graphopt.targets import CLAMPS
 
 RULE: Final = "quantize-static"
 _SIXTH: Final = 1 / 6
@@ -77,10 +79,26 @@ class Emitter:
         self._given = frozenset(given)
         for value in dict.fromkeys([*readers, *given]):
             self._connect(value, readers.get(value, []))
+        for value, q in self._quantized.items():
+            if value not in self._given and q.producer is not None:
+                hold_back(self._edit, q.producer, RULE)
+        self._edit.forget_types()
+        for unit in chosen:
+            if unit.gives_floats:
+                self._keep_integer(unit)
         for unit in chosen:
             made = [v.producer for v in unit.outputs if v.producer is not None]
             self._edit.record(RULE, unit.root, before[unit], "\n".join(n.text() for n in made))
         self._edit.forget_types()
+
+    def _keep_integer(self, unit: Unit) -> None:
+        """See to clamps behind a product, whether they are part of it or not."""
+        if unit.nodes[-1].op in CLAMPS:
+            keep_integer(self._edit, unit.nodes[-1], True, RULE)
+            return
+        for node in list(unit.outputs[0].consumers):
+            if node.op in CLAMPS and not node.domain:
+                keep_integer(self._edit, node, False, RULE)
 
     # -- activations -----------------------------------------------------------------------------
 
@@ -171,7 +189,8 @@ class Emitter:
                 weight = constant_of(value, self._edit.model.store)
                 if weight is not None and value is not None:
                     self._edit.set_input(node, slot, self._addend(value.name, weight.values, node))
-        slots = [(v, i) for i, v in enumerate(node.inputs) if v in unit.inputs]
+        moved = node.inputs[:1] if unit.kind == "movement" else node.inputs
+        slots = [(v, i) for i, v in enumerate(moved) if v in unit.inputs]
         return [(value, node, slot, 1.0) for value, slot in slots if value is not None]
 
     def _weighted(self, unit: Unit) -> Node:
@@ -198,15 +217,22 @@ class Emitter:
         along, _ = bias_affine(bias, step, affine.scale)
         name = unit.bias.name if unit.bias is not None else f"{unit.root}/bias"
         stored = self._stored(f"{name}/{unit.root}", quantize(bias, along), along, node)
-        if node.op == "MatMul":
-            adder = unit.nodes[1] if unit.bias is not None else None
-            if adder is not None:
-                edit.set_input(adder, adder.inputs.index(unit.bias), stored)
-        elif unit.bias is not None:
-            edit.set_input(node, 2, stored)
+        if unit.bias is not None:
+            adder = unit.nodes[1] if node.op == "MatMul" else node
+            edit.set_input(adder, adder.inputs.index(unit.bias), stored)
+        elif node.op == "MatMul":
+            self._add_behind(node, stored)
         else:
             return self._with_bias(node, stored)
         return node
+
+    def _add_behind(self, node: Node, bias: Value) -> None:
+        """The same product, its bias added under its name."""
+        result = node.outputs[0]
+        assert result is not None
+        product = self._edit.add_value(node.graph, self._edit.unique(f"{result.name}/product"))
+        self._edit.move_output(result, product)
+        self._call("Add", [product, bias], result.name, node.position, result)
 
     def _with_bias(self, node: Node, bias: Value) -> Node:
         """The same operator with a third input."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
-import networkx as nx
 import numpy as np
 
 from graphopt.ir import Value
@@ -50,17 +50,20 @@ class Ranges:
         self._known: dict[Value, Range | None] = {}
 
     def of(self, value: Value) -> Range | None:
-        """The range, None where calibration saw nothing of the value."""
+        """The range, None where calibration saw nothing of the value, or numbers not finite.
+
+        A mask of minus infinity says what no integer can.
+        """
         if value not in self._known:
             self._known[value] = self._find(value)
         return self._known[value]
 
     def _find(self, value: Value) -> Range | None:
         giver = self._givers.get(value)
-        if giver is not None and (
-            giver.kind == "hard-sigmoid" or (giver.kind == "lookup" and giver.node.op == "Sigmoid")
-        ):
+        if giver is not None and (giver.kind == "hard-sigmoid" or giver.node.op == "Sigmoid"):
             return 0.0, 1.0
+        if self._statistics.nonfinite.get(value.name):
+            return None
         try:
             low, high = self._choose(self._statistics.histogram(value.name))
         except LookupError:
@@ -71,69 +74,186 @@ class Ranges:
         everywhere = len(readers) == len(value.consumers) and not value.is_output
         if everywhere and readers and all(unit.kind == "hard-swish" for unit in readers):
             low = max(low, _KNEE)
-        return (min(low, 0.0), max(high, 0.0)) if np.isfinite([low, high]).all() else None
+        return min(low, 0.0), max(high, 0.0)
+
+    def clamp(self, value: Value) -> Range:
+        """The range to which the unit that gives the value leaves the clamping."""
+        giver = self._givers.get(value)
+        if giver is None:
+            return -np.inf, np.inf
+        return (0.0, 1.0) if giver.kind == "hard-sigmoid" else giver.clamp
 
     def are_alike(self, values: Sequence[Value]) -> bool:
         """True where one scale serves all of them: boxes and scores have none in common."""
         found = [self.of(value) for value in values]
         widths = [known[1] - known[0] for known in found if known is not None]
-        if len(widths) < len(values):
-            return False
-        narrowest = min(widths)
-        return narrowest > 0 and max(widths) <= _ALIKE * narrowest
+        return len(widths) == len(values) and _are_alike(widths)
+
+
+def usable(units: Iterable[Unit], known: Ranges) -> list[Unit]:
+    """The units whose parameters calibration tells; any part of them can be chosen.
+
+    Left out are units of which it saw nothing, results of Concat whose parts have no scale in
+    common, and shifts that would move a clamp away from the end of its range.
+    """
+    kept, groups = [], _Groups(known)
+    for unit in units:
+        if any(known.of(value) is None for value in (*unit.inputs, *unit.outputs)):
+            continue
+        if unit.kind == "concatenation" and not known.are_alike(unit.inputs):
+            continue
+        if groups.add(unit):
+            kept.append(unit)
+    return kept
 
 
 def affines(chosen: Sequence[Unit], known: Ranges) -> dict[str, Affine]:
     """u8 parameters by value name: one set for all values between which elements only move.
 
-    Raises LookupError for a value that calibration saw nothing of.
+    Raises LookupError for a value that calibration saw nothing of, ValueError for units that are
+    not `usable`.
     """
-    graph: nx.Graph[Value] = nx.Graph()
-    derived = {unit.outputs[0]: unit for unit in chosen if unit.kind == "affine"}
+    groups = _Groups(known)
     for unit in chosen:
-        graph.add_nodes_from((*unit.inputs, *unit.outputs))
-        if unit.shares_range:
-            values = (*unit.inputs, *unit.outputs)
-            graph.add_edges_from((values[0], other) for other in values[1:])
-    shifts: dict[Value, float] = {}
-    for unit in derived.values():
-        shifts.setdefault(unit.inputs[0], unit.shift / unit.factor)
-    found: dict[str, Affine] = {}
-    for group in nx.connected_components(graph):
-        if len(group) > 1 or not derived.keys() & group:
-            affine = _shared([known.of(value) for value in group], shifts, group)
-            found |= {value.name: affine for value in group}
-    for value, unit in derived.items():
-        if value.name not in found:
-            found[value.name] = _derived(unit, found[unit.inputs[0].name])
-    return found
+        for value in (*unit.inputs, *unit.outputs):
+            if known.of(value) is None:
+                raise LookupError(f"calibration saw nothing of {value.name!r}")
+        if not groups.add(unit):
+            raise ValueError(f"{unit.root!r} cannot share the range of what it reads")
+    return groups.affines()
 
 
-def _shared(
-    each: Sequence[Range | None], shifts: Mapping[Value, float], group: Collection[Value]
-) -> Affine:
-    """One set of parameters for a group of values.
+@dataclass(frozen=True)
+class _Reading:
+    """How a value reads in the integers of a group: factor * (what the group holds) + shift."""
 
-    Where an affine unit reads one of them, its shift is made a whole number of steps, so that it
-    is exact; and what it moves to zero is representable.
-    """
-    ranges_known = [each_range for each_range in each if each_range is not None]
-    if len(ranges_known) < len(each):
-        raise LookupError(f"calibration saw nothing of {min(v.name for v in group)!r}")
-    shift = next((shifts[value] for value in group if value in shifts), 0.0)
-    low = min(*(r[0] for r in ranges_known), -shift, 0.0)
-    high = max(*(r[1] for r in ranges_known), -shift, 0.0)
-    affine = asymmetric(low, high)
-    steps = int(abs(shift) / float(affine.scale))
-    if steps < 1:
+    factor: float = 1.0
+    shift: float = 0.0
+
+    def apply(self, ends: Range) -> Range:
+        low, high = ends
+        return self.factor * low + self.shift, self.factor * high + self.shift
+
+    def undo(self, ends: Range) -> Range:
+        low, high = ends
+        return (low - self.shift) / self.factor, (high - self.shift) / self.factor
+
+    def then(self, other: _Reading) -> _Reading:
+        """First this, then the other."""
+        return _Reading(self.factor * other.factor, self.shift * other.factor + other.shift)
+
+    def is_close(self, other: _Reading) -> bool:
+        """True where both say the same, but for rounding."""
+        mine, theirs = (self.factor, self.shift), (other.factor, other.shift)
+        return bool(np.allclose(mine, theirs, rtol=1e-6, atol=1e-9 * self.factor))
+
+
+_Group = dict[Value, _Reading]
+
+
+class _Groups:
+    """Values that are read from the same integers, because elements only move between them."""
+
+    def __init__(self, known: Ranges) -> None:
+        self._known = known
+        self._groups: dict[Value, _Group] = {}
+
+    def add(self, unit: Unit) -> bool:
+        """Take in a unit; False, and nothing is changed, where it cannot be.
+
+        Parts of a Concat that cannot share its range keep their own: the kernel takes both.
+        """
+        for value in unit.inputs:
+            self._groups.setdefault(value, {value: _Reading()})
+        if not (unit.shares_range or unit.kind == "affine"):
+            for value in unit.outputs:
+                self._groups.setdefault(value, {value: _Reading()})
+            return self._holds(self._groups[unit.outputs[0]])
+        source = self._groups[unit.inputs[0]]
+        reading = source[unit.inputs[0]]
+        given = reading.then(_Reading(unit.factor, unit.shift))
+        merged = source | dict.fromkeys(unit.outputs, given)
+        if not self._holds(merged):
+            if unit.kind != "concatenation":
+                return False
+            merged = dict.fromkeys(unit.outputs, reading)
+        for value in unit.inputs[1:]:
+            if value not in merged:
+                wider = _joined(merged, given, self._groups[value], value)
+                merged = wider if self._holds(wider) else merged
+        for value in merged:
+            self._groups[value] = merged
+        return True
+
+    def affines(self) -> dict[str, Affine]:
+        """The parameters of every value."""
+        found: dict[str, Affine] = {}
+        for group in {id(group): group for group in self._groups.values()}.values():
+            affine = self._affine(group)
+            found |= {value.name: _read(affine, reading) for value, reading in group.items()}
+        return found
+
+    def _holds(self, group: _Group) -> bool:
+        """True where the range of the group ends where the clamps of its members end.
+
+        Only there does a QuantizeLinear clamp as well, and onnxruntime drops the operator.
+        """
+        ends = self._ends(group)
+        for value, reading in group.items():
+            low, high = reading.apply(ends)
+            bottom, top = self._known.clamp(value)
+            slack = 1e-6 * (high - low)
+            if low < bottom - slack or high > top + slack:
+                return False
+        return True
+
+    def _ends(self, group: _Group) -> Range:
+        """The range in which all members have theirs, and their zeros."""
+        ends = [reading.undo((0.0, 0.0)) for reading in group.values()]
+        for value, reading in group.items():
+            own = self._known.of(value)
+            assert own is not None
+            ends.append(reading.undo(own))
+        return min(low for low, _ in ends), max(high for _, high in ends)
+
+    def _affine(self, group: _Group) -> Affine:
+        """One set of parameters. A shift becomes a whole number of steps, so that it is exact."""
+        low, high = self._ends(group)
+        for value, reading in group.items():
+            bottom, top = reading.undo(self._known.clamp(value))
+            low, high = max(low, bottom), min(high, top)
+        affine = asymmetric(low, high)
+        shift = max((abs(r.shift / r.factor) for r in group.values()), default=0.0)
+        steps = int(shift / float(affine.scale))
+        if steps >= 1:
+            scale = shift / steps  # a little more than before
+            zero = np.clip(np.rint(-low / scale), 0, 255)
+            return Affine(np.float32(scale), np.uint8(zero), np.dtype(np.uint8))
+        if affine.zero_point == 0 and np.float32(255) * affine.scale > high > 0:
+            # Rounded up, the last step would lie beyond a clamp, which could not be dropped then.
+            down = np.nextafter(affine.scale, np.float32(0))
+            return Affine(down, affine.zero_point, affine.dtype)
         return affine
-    scale = abs(shift) / steps  # a little more than before
-    zero = np.clip(np.rint(-low / scale), 0, 255)
-    return Affine(np.float32(scale), np.uint8(zero), np.dtype(np.uint8))
 
 
-def _derived(unit: Unit, source: Affine) -> Affine:
-    """How an affine unit's result reads in the integers of its source."""
-    scale = np.float32(float(source.scale) * unit.factor)
-    zero = int(source.zero_point) - round(unit.shift / unit.factor / float(source.scale))
-    return Affine(scale, np.uint8(np.clip(zero, 0, 255)), np.dtype(np.uint8))
+def _joined(group: _Group, reading: _Reading, other: _Group, value: Value) -> _Group:
+    """Both groups, such that `value` of the other reads as `reading` does."""
+    theirs = other[value]
+    factor = reading.factor / theirs.factor
+    change = _Reading(factor, (reading.shift - theirs.shift) / theirs.factor)
+    return group | {each: change.then(its) for each, its in other.items() if each not in group}
+
+
+def _read(affine: Affine, reading: _Reading) -> Affine:
+    """How a member reads in the integers of its group."""
+    if reading == _Reading():
+        return affine
+    scale = np.float32(float(affine.scale) * reading.factor)
+    moved = round(reading.shift / reading.factor / float(affine.scale))
+    zero = np.clip(int(affine.zero_point) - moved, 0, 255)
+    return Affine(scale, np.uint8(zero), np.dtype(np.uint8))
+
+
+def _are_alike(widths: Sequence[float]) -> bool:
+    narrowest = min(widths)
+    return narrowest > 0 and max(widths) <= _ALIKE * narrowest

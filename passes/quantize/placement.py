@@ -66,6 +66,11 @@ def _add_value(
         needed = ("quantized", value)
         for unit in integer_readers:
             _add(graph, unit, needed, None)
+        if giver is not None and giver.gives_floats:
+            # Its kernel quantizes the result for nothing, where nobody reads that as floats.
+            source = ("separate", value)
+            for other in (giver, *integer_readers, *([_FLOAT] if others else [])):
+                _add(graph, source, other, None)
         _add(graph, needed, source, costs.quantize(value))
     if giver is not None and not giver.gives_floats:
         # `kept` is on the float side as soon as one reader is.

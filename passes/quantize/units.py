@@ -13,7 +13,7 @@ from graphopt.constants import constant_of
 from graphopt.edit import Editor
 from graphopt.errors import ModelError
 from graphopt.ir import Node, Value
-from graphopt.targets import CLAMPED, CLAMPS, FLOAT_RESULT, ORT_CPU, Kind
+from graphopt.targets import CLAMPED, CLAMPS, FLOAT_RESULT, OPSETS, ORT_CPU, Kind
 
 Array = NDArray[np.generic]
 
@@ -61,14 +61,16 @@ class Unit:
 class Units:
     """All units of the main graph, in order of computation; bodies have none.
 
-    Bodies are left alone because nothing inside them can be calibrated.
+    Bodies are left alone because nothing inside them can be calibrated. Models of an opset
+    that the target does not quantize (`OPSETS`) have no units.
     """
 
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
         self._taken: set[Node] = set()
         self.all: list[Unit] = []
-        for node in edit.model.graph.nodes:
+        is_known = edit.model.opsets.get("", 1) in OPSETS
+        for node in edit.model.graph.nodes if is_known else ():
             if node not in self._taken and (unit := self._unit(node)) is not None:
                 self.all.append(unit)
                 self._taken.update(unit.nodes)
@@ -96,17 +98,23 @@ class Units:
             return None
         if kind == "affine":
             return self._affine(node, source, outputs)
+        if kind == "hard-sigmoid" and not _rises(node):
+            return None
         return Unit(kind, (node,), (source,), (outputs[0],))
 
     def _affine(self, node: Node, source: Value, outputs: Sequence[Value]) -> Unit | None:
         """A normalisation that does the same to all channels: another way to read integers."""
         found = [self._constant(value) for value in node.inputs[1:]]
-        if len(outputs) > 1 or any(values is None for values in found):
+        learns = len(outputs) > 1 or _number(node, "training_mode", 0)
+        if learns or any(values is None or not values.size for values in found):
             return None
         gamma, beta, mean, variance = (np.asarray(each, np.float64) for each in found)
-        scale = gamma / np.sqrt(variance + _number(node, "epsilon", 1e-5))
+        spread = variance + _number(node, "epsilon", 1e-5)
+        if spread.min() <= 0:
+            return None
+        scale = gamma / np.sqrt(spread)
         shift = beta - mean * scale
-        if not (scale.size and scale[0] > 0):
+        if scale[0] <= 0:
             return None
         if np.ptp(scale) > 1e-6 * scale[0] or np.ptp(shift) > 1e-6 * (scale[0] + abs(shift[0])):
             return None
@@ -131,8 +139,7 @@ class Units:
         if (adder := self._only_reader(node)) is not None and adder.op == "Add":
             product = node.outputs[0]
             other = adder.inputs[1] if adder.inputs[0] is product else adder.inputs[0]
-            addend = self._constant(other)
-            if addend is not None and addend.size == matrix.shape[1] == addend.shape[-1]:
+            if self._is_bias(other, matrix.shape[1], self._rank(source)):
                 nodes, bias = (node, adder), other  # type: ignore[assignment]
         return self._clamped("product", nodes, (source,), weights, bias)
 
@@ -141,13 +148,20 @@ class Units:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         plain = _number(node, "alpha", 1.0) == 1 and not _number(node, "transA", 0)
         plain = plain and (bias is None or _number(node, "beta", 1.0) == 1)
-        if source is None or self._constant(weights) is None or not plain:
+        matrix = self._constant(weights)
+        if source is None or matrix is None or not plain:
             return None
-        if bias is not None:
-            addend = self._constant(bias)
-            if addend is None or addend.ndim != 1 or addend.size == 1:
-                return None
+        columns = matrix.shape[0 if _number(node, "transB", 0) else 1]
+        if bias is not None and not self._is_bias(bias, columns, 2):
+            return None
         return self._clamped("product", (node,), (source,), weights, bias)
+
+    def _is_bias(self, value: Value | None, columns: int, rank: int) -> bool:
+        """True for a constant that adds a number to each column, and no axis."""
+        addend = self._constant(value)
+        if addend is None or addend.ndim > rank:
+            return False
+        return addend.size in (1, columns) and addend.shape[-1:] in ((columns,), (1,), ())
 
     def _binary(self, node: Node, kind: Kind) -> Unit | None:
         inputs = tuple(value for value in node.inputs if self._constant(value) is None)
@@ -160,15 +174,18 @@ class Units:
 
     def _movement(self, node: Node, kind: Kind) -> Unit | None:
         """Elements move; what else the operator reads says how, and stays as it is."""
-        if node.op == "Resize" and _text(node, "mode", "nearest") != "nearest":
+        given = [value for value in node.outputs if value is not None]
+        if node.op == "Resize" and not _repeats(node):
             return None
-        if node.op == "MaxPool" and len([v for v in node.outputs if v is not None]) > 1:
+        if node.op == "MaxPool" and len(given) > 1:
             return None
+        if not all(v is not None and (v.consumers or v.is_output) for v in node.outputs):
+            return None  # it runs on integers where all of its results are quantized, or none
         moved = node.inputs if kind == "concatenation" else node.inputs[:1]
         sources = tuple(value for value in map(self._activation, moved) if value is not None)
         if len(sources) != len(moved):
             return None
-        return Unit(kind, (node,), sources, tuple(v for v in node.outputs if v is not None))
+        return Unit(kind, (node,), sources, tuple(given))
 
     def _clamped(
         self,
@@ -178,12 +195,16 @@ class Units:
         weights: Value | None,
         bias: Value | None,
     ) -> Unit:
-        """The unit, with a clamp that alone reads its result."""
+        """The unit, with a clamp that alone reads its result.
+
+        Only clamps at zero: the range of u8 ends there exactly. Elsewhere its lower end is up to
+        half a step beyond, and onnxruntime keeps the clamp, and then the operator, in floats.
+        """
         clamp = (-np.inf, np.inf)
         reader = self._only_reader(nodes[-1])
         if kind in CLAMPED and reader is not None and reader.op in CLAMPS:
             bounds = self._bounds(reader)
-            if bounds is not None and bounds[0] <= 0 < bounds[1]:
+            if bounds is not None and bounds[0] == 0 < bounds[1]:
                 nodes, clamp = (*nodes, reader), bounds
         result = nodes[-1].outputs[0]
         assert result is not None
@@ -229,14 +250,27 @@ class Units:
         return -1 if known is None or known.rank is None else known.rank
 
     def _constant(self, value: Value | None) -> Array | None:
-        """The numbers of a float32 constant."""
+        """The numbers of a float32 constant, None where there is nothing to quantize."""
         weight = constant_of(value, self._edit.model.store)
-        if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
+        if weight is None or weight.data_type != onnx.TensorProto.FLOAT or not weight.size:
             return None
         try:
-            return weight.values
+            values = weight.values
         except ModelError:
-            return None  # a weightless model has none to quantize
+            return None  # a weightless model has no numbers
+        return values if np.isfinite(values).all() else None
+
+
+def _rises(node: Node) -> bool:
+    """True for a HardSigmoid whose slope can be a scale."""
+    alpha, beta = _number(node, "alpha", 0.2), _number(node, "beta", 0.5)
+    return 0 < alpha < np.inf and bool(np.isfinite(beta))
+
+
+def _repeats(node: Node) -> bool:
+    """True for a Resize whose every result is an element of its input."""
+    crops = _text(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    return _text(node, "mode", "nearest") == "nearest" and not crops
 
 
 def _number(node: Node, name: str, default: float) -> float:

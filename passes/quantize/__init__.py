@@ -1,0 +1,1 @@
+"""Fewer bits: integers and halves where the target has kernels for them."""
