@@ -163,7 +163,7 @@ class Compression:
         tried, seen = [everything], [everything.recipe.options]
         for factor in CONVERSIONS:
             recipe = candidates.cut(factor)
-            if recipe.options and recipe.options not in seen:
+            if candidates.computes(recipe) and recipe.options not in seen:
                 seen.append(recipe.options)
                 name = f"cheapest division, conversions x {factor:g}"
                 tried.append(self._search.try_out(name, recipe))
@@ -173,7 +173,7 @@ class Compression:
                 tried[1].file, tried[1].recipe, self._proposed(), self._request.threads
             )
             recipe = candidates.cut()
-            if recipe.options not in seen:
+            if candidates.computes(recipe) and recipe.options not in seen:
                 tried.append(self._search.try_out("cheapest division, costs within it", recipe))
         return tried
 
@@ -267,18 +267,19 @@ class Compression:
         """Know how fast these are."""
         new = [trial for trial in trials if trial.name not in self._speeds]
         if new:
-            self._tell("timing", None)
-            self._speeds |= race(new, self._lossless, self._proposed(), **self._timing())
+            timing = self._timing("timing")
+            self._speeds |= race(new, self._lossless, self._proposed(), **timing)
 
     def _speed(self, trial: Trial[Recipe]) -> float:
         return self._speeds[trial.name].median
 
-    def _timing(self) -> dict[str, Any]:
+    def _timing(self, what: str) -> dict[str, Any]:
         request = self._request
         return {
             "threads": request.threads,
             "seconds": _SECONDS,
             "custom_ops": request.custom_ops,
+            "progress": lambda share: self._tell(what, share),
         }
 
     def _dynamic(self) -> None:
@@ -348,14 +349,13 @@ class Compression:
 
     def _timed(self, good: list[Trial[Recipe]]) -> Winner[Recipe]:
         self._raced(good)
-        self._tell("timing the fastest", None)
         return fastest(
             good,
             self._speeds,
             self._original,
             self._lossless,
             self._proposed(),
-            **self._timing(),
+            **self._timing("timing the fastest"),
         )
 
     def _fused(self, winner: Winner[Recipe]) -> Winner[Recipe]:
@@ -368,8 +368,10 @@ class Compression:
             trial = winner.trial
             out.add(trial.name)
             less = f"{trial.name}, less {len(lost)} that do not fuse"
-            if less not in self._speeds:
-                self._search.try_out(less, trial.recipe.without(lost))
+            rest = trial.recipe.without(lost)
+            is_int8 = self._candidates.computes(rest) or rest.taking(DYNAMIC)
+            if is_int8 and less not in self._speeds:
+                self._search.try_out(less, rest)
             winner = self._timed([each for each in self._good() if each.name not in out])
         return winner
 

@@ -127,10 +127,18 @@ def race(
     threads: int,
     seconds: float,
     custom_ops: Sequence[Path] = (),
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Ratio]:
     """time(lossless) / time(candidate) of all, by name, from one interleaved measurement."""
     models = [lossless, *(trial.file for trial in trials)]
-    found = time_paired(models, feed, threads=threads, seconds=seconds, custom_ops=custom_ops)
+    found = time_paired(
+        models,
+        feed,
+        threads=threads,
+        seconds=seconds,
+        custom_ops=custom_ops,
+        progress=progress,
+    )
     return {trial.name: found.ratios[1 + index] for index, trial in enumerate(trials)}
 
 
@@ -144,6 +152,7 @@ def fastest(
     threads: int,
     seconds: float,
     custom_ops: Sequence[Path] = (),
+    progress: Callable[[float], None] | None = None,
 ) -> Winner[R]:
     """The best of good candidates: two that a race has found the fastest, timed more closely.
 
@@ -160,6 +169,7 @@ def fastest(
         seconds=seconds,
         custom_ops=custom_ops,
         seed=1,
+        progress=progress,
     )
     ratios = {t.name: final.ratios[1 + index] for index, t in enumerate(closest)}
     best = max(closest, key=lambda trial: ratios[trial.name].median)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ _KERNEL = "_kernel_time"  # what onnxruntime appends to a node's name in its pro
 
 @dataclass(frozen=True)
 class OpTime:
-    """What one node of the optimised graph cost, averaged over the runs of `profile`.
+    """What one node of the optimised graph cost in the runs of `profile`.
 
-    `ms` excludes the bodies of If, Loop and Scan, whose nodes are listed themselves; the clock
-    ticks in whole microseconds. `calls` is per run; `output_bytes` is of the last call.
+    `ms` is the median over the runs, which a disturbance of one of them does not move. It excludes
+    the bodies of If, Loop and Scan, whose nodes are listed themselves; the clock ticks in whole
+    microseconds. `calls` is per run; `output_bytes` is of the last call.
     """
 
     name: str
@@ -57,16 +59,19 @@ def profile(
         custom_ops=custom_ops,
         folder=folder,
     )
-    spent: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
+    spent: dict[tuple[str, str, str], list[float]] = {}
+    calls: collections.Counter[tuple[str, str, str]] = collections.Counter()
     sizes: dict[tuple[str, str, str], int | None] = {}
-    for event, own in _own_times([event for run in trace[2:] for event in run]):
-        arguments = event["args"]
-        name = event["name"].removesuffix(_KERNEL)
-        key = (name, arguments.get("op_name", ""), arguments.get("node_index", ""))
-        spent[key].append(own)
-        sizes[key] = int(arguments["output_size"]) if "output_size" in arguments else None
+    for number, run in enumerate(trace[2:]):
+        for event, own in _own_times(run):
+            arguments = event["args"]
+            name = event["name"].removesuffix(_KERNEL)
+            key = (name, arguments.get("op_name", ""), arguments.get("node_index", ""))
+            spent.setdefault(key, [0.0] * runs)[number] += own
+            calls[key] += 1
+            sizes[key] = int(arguments["output_size"]) if "output_size" in arguments else None
     times = [
-        OpTime(key[0], key[1], sum(own) / runs / 1000, len(own) / runs, sizes[key])
+        OpTime(key[0], key[1], statistics.median(own) / 1000, calls[key] / runs, sizes[key])
         for key, own in spent.items()
     ]
     return sorted(times, key=lambda time: -time.ms)

@@ -118,6 +118,10 @@ class Candidates:
         """All products with weights of so many bits, activations in floats."""
         return Recipe(dict.fromkeys(self.weighted, WEIGHTS[bits]), weights=Options(self.bits))
 
+    def computes(self, recipe: Recipe) -> bool:
+        """True where a product or convolution is on integers: the rest alone is no int8."""
+        return any(unit.weights is not None for unit in self.chosen(recipe))
+
     def chosen(self, recipe: Recipe) -> list[Unit]:
         """The units that a recipe makes static."""
         static = recipe.taking(STATIC)
