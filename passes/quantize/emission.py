@@ -45,10 +45,20 @@ class Options:
     method: Method = "mse"
 
 
+def weight_affine(unit: Unit, weights: Array, options: Options) -> Affine:
+    """How the weights of a unit are quantized: symmetric, each output channel by itself."""
+    axis = 0
+    if unit.kind == "product":
+        axis = 0 if _integer(unit.node, "transB") and unit.node.op == "Gemm" else 1
+    return channel_affine(weights, axis, bits=options.bits, method=options.method)
+
+
 class Emitter:
     """Quantizes units of one model. `affines` has the parameters of every value they read or give.
 
     `corrections` are added to biases: by the root of the unit, one number an output channel.
+    `rounded` has the integers of weights, by root too, where they are not to be the nearest ones
+    at the scales of `weight_affine`.
     """
 
     def __init__(
@@ -57,11 +67,13 @@ class Emitter:
         affines: Mapping[str, Affine],
         options: Options,
         corrections: Mapping[str, Array] | None = None,
+        rounded: Mapping[str, Array] | None = None,
     ) -> None:
         self._edit = edit
         self._affines = affines
         self._options = options
         self._corrections = corrections or {}
+        self._rounded = rounded or {}
         self._quantized: dict[Value, Value] = {}  # value -> its integers
         self._given: frozenset[Value] = frozenset()  # what integer kernels give
         self._sources: dict[Value, Value] = {}  # result of an affine unit -> what it reads
@@ -158,7 +170,8 @@ class Emitter:
     ) -> Value:
         """DequantizeLinear; a `factor` on its scale multiplies by it for nothing."""
         if factor != 1:
-            affine = Affine(np.float32(affine.scale * factor), affine.zero_point, affine.dtype)
+            scale = np.asarray(affine.scale * factor, np.float32)
+            affine = Affine(scale, affine.zero_point, affine.dtype)
         inputs = [q, *self._parameters(affine, name)]
         return self._call("DequantizeLinear", inputs, f"{name}/dequantized", position, result)
 
@@ -197,21 +210,22 @@ class Emitter:
         """A convolution or product with its weights, and its bias, as integers."""
         edit, node = self._edit, unit.node
         weights, bias = self._values(unit.weights), self._values(unit.bias)
-        axis = 0
-        if unit.kind == "product":
-            axis = 0 if _integer(node, "transB") and node.op == "Gemm" else 1
         correction = self._corrections.get(unit.root)
         if correction is not None:
             bias = correction if bias is None else bias.reshape(-1) + correction
-        affine = channel_affine(weights, axis, bits=self._options.bits, method=self._options.method)
+        affine = weight_affine(unit, weights, self._options)
+        integers = self._rounded.get(unit.root)
         step = float(self._affines[unit.inputs[0].name].scale)
         if bias is not None:
             bias = np.broadcast_to(bias.reshape(-1), affine.scale.shape).astype(np.float64)
             scale = scale_for_bias(bias, step, affine.scale)
-            affine = Affine(scale, affine.zero_point, affine.dtype, axis, affine.levels)
+            if not np.array_equal(scale, affine.scale):
+                integers = None  # they were rounded at other scales
+            affine = Affine(scale, affine.zero_point, affine.dtype, affine.axis, affine.levels)
+        if integers is None:
+            integers = quantize(weights, affine)
         assert unit.weights is not None
-        q = self._stored(unit.weights.name, quantize(weights, affine), affine, node)
-        edit.set_input(node, 1, q)
+        edit.set_input(node, 1, self._stored(unit.weights.name, integers, affine, node))
         if bias is None:
             return node
         along, _ = bias_affine(bias, step, affine.scale)
@@ -291,7 +305,7 @@ class Emitter:
     def _stored(self, name: str, q: Array, affine: Affine, node: Node) -> Value:
         """A constant that is kept as integers and dequantized where it is read."""
         inputs = [self._constant(q, f"{name}/integers"), *self._parameters(affine, name)]
-        axis = {} if affine.axis is None else {"axis": affine.axis}
+        axis: dict[str, Any] = {} if affine.axis is None else {"axis": affine.axis}
         return self._call("DequantizeLinear", inputs, f"{name}/dequantized", node.position, **axis)
 
     def _constant(self, array: Array, name: str) -> Value:
@@ -311,7 +325,7 @@ class Emitter:
         name: str,
         position: float,
         result: Value | None = None,
-        **attributes: int,
+        **attributes: Any,
     ) -> Value:
         """A new node of one output, named `name` or computing `result`."""
         edit, graph = self._edit, self._edit.model.graph

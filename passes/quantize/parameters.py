@@ -228,7 +228,7 @@ class _Groups:
         if steps >= 1:
             scale = shift / steps  # a little more than before
             zero = np.clip(np.rint(-low / scale), 0, 255)
-            return Affine(np.float32(scale), np.uint8(zero), np.dtype(np.uint8))
+            return Affine(np.asarray(scale, np.float32), np.asarray(zero), np.dtype(np.uint8))
         if affine.zero_point == 0 and np.float32(255) * affine.scale > high > 0:
             # Rounded up, the last step would lie beyond a clamp, which could not be dropped then.
             down = np.nextafter(affine.scale, np.float32(0))
@@ -248,10 +248,10 @@ def _read(affine: Affine, reading: _Reading) -> Affine:
     """How a member reads in the integers of its group."""
     if reading == _Reading():
         return affine
-    scale = np.float32(float(affine.scale) * reading.factor)
+    scale = float(affine.scale) * reading.factor
     moved = round(reading.shift / reading.factor / float(affine.scale))
     zero = np.clip(int(affine.zero_point) - moved, 0, 255)
-    return Affine(scale, np.uint8(zero), np.dtype(np.uint8))
+    return Affine(np.asarray(scale, np.float32), np.asarray(zero), np.dtype(np.uint8))
 
 
 def _are_alike(widths: Sequence[float]) -> bool:
