@@ -56,3 +56,20 @@ def test_gelu(half: str, scaled: str, tmp_path: Path) -> None:
 def test_gelu_by_tanh(half: str, cube: str, tmp_path: Path) -> None:
     made, _ = goldens.run(between_sines(_CUBES[cube] + _TANH + _HALVES[half]), "fuse")
     assert executed(made, tmp_path) == ["Sin", "FastGelu", "Sin"]
+
+
+@pytest.mark.parametrize("opset", [15, 17])
+def test_sums_before_layer_norms_are_not_part_of_them(opset: int, tmp_path: Path) -> None:
+    parts = """m = ReduceMean <axes = [-1]> (t)  d = Sub (t, m)  q = Pow (d, two)
+    v = ReduceMean <axes = [-1]> (q)  e = Add (v, eps)  s = Sqrt (e)  n = Div (d, s)
+    g = Mul (n, gamma)  l = Add (g, beta)"""
+    norm = parts if opset < 17 else "l = LayerNormalization <axis = -1> (t, gamma, beta)"
+    original = graphs.parsed(
+        f"""<ir_version: 8, opset_import: ["": {opset}]> g (float[n, 3, 2] x) => (float[n, 3, 2] y)
+        <float[2] gamma = {{1, 2}}, float[2] beta = {{3, 4}}, float two = {{2}},
+        float eps = {{0.1}}>
+        {{ r = Sin (x)  t = Add (r, x)  {norm}  y = Sin (l) }}"""
+    )
+    made, _ = goldens.run(original, "fuse")
+    assert executed(original, tmp_path) == ["Sin", "SkipLayerNormalization", "Sin"]
+    assert executed(made, tmp_path) == ["Sin", "Sum", "LayerNormalization", "Sin"]
