@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import int8_tools, peers
 from benchmarks.evaluation.sets import write_feeds
@@ -22,6 +24,9 @@ MEMORY_TOOLS = (TOOLS[OURS], TOOLS["ort-default"], ENTROPY, TOOLS["nncf"])
 COMMAND_MODEL = "nudenet_yolov8n"
 COMMAND_SAMPLES = 20
 COMMAND_TURNS = 3
+
+# Half of the machine's memory at most: entropy calibration keeps every activation of every sample.
+_LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_AS, ({0}, {0}))\n"
 
 
 def _many(work: Work, count: int) -> Iterator[dict[str, Any]]:
@@ -69,6 +74,7 @@ def _cost(work: Work, tool: int8_tools.Tool, target: Path, feeds: Path) -> dict[
         found = {"seconds": run.seconds, "peak_bytes": run.peak_bytes, "error": error}
         return rounded(found)
     peer = tool.peer(work.name, feeds)
+    peer = replace(peer, source=_LIMIT.format(psutil.virtual_memory().total // 2) + peer.source)
     done = peers.command(peer, work.source, target, TIMEOUT)
     found = {"seconds": done.seconds, "peak_bytes": done.peak_bytes, "error": plain(done.error)}
     return rounded(found)

@@ -91,10 +91,11 @@ def summary_table(models: Models) -> str:
 
 
 def memory_table(models: Models) -> str:
+    """Peak memory of the tools that calibrate; one that failed had taken as much until then."""
     found = models.get(MEMORY_MODEL, {}).get("memory", {})
 
     def show(cell: dict[str, Any]) -> str:
-        return "" if not cell else cell["error"] or f"{cell['peak_bytes'] / 1e6:.0f}"
+        return "" if not cell else f"{cell['peak_bytes'] / 1e6:.0f}{cell['error'] and ' failed'}"
 
     rows = (
         [tool, *(show(cell.get(str(count), {})) for count in MEMORY_SAMPLES)]

@@ -40,7 +40,7 @@ def open_onnxruntime(file: Path) -> Callable[[dict[str, Any]], Outputs]:
 
 def compile_openvino(file: Path, precision: str) -> Any:
     """The file compiled for the CPU; `precision` "" leaves the choice to OpenVINO."""
-    import openvino
+    import openvino  # type: ignore[import-not-found]
 
     asked = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
     if precision:
