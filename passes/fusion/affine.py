@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.passes.fusion.convolution import channel_vector
 from graphopt.passes.guards import broadcasts_into
@@ -83,10 +86,12 @@ def fuse_mul_batchnorm(
         {"c": 0.5},
         {"c": [[0.5]]},
         {"w": (2, 4, 5), "c": (1, 5)},
+        {"c": (1, 1, 5)},
     ],
     refuses=[
         {"c": (3, 1)},
         {"c": (3, 5)},
+        {"c": (2, 1, 5)},
         {"c": (1, 1, 1, 5)},
         {"w": (4, 1), "c": (5,)},
         {"w": (4,), "x": (2, 4, 4), "c": (4,)},
@@ -98,9 +103,48 @@ def fuse_matmul_mul(op: Ops, x: Var, w: Const, c: Const) -> Rewrite:
     product = op.MatMul(x, w)
     yield op.Mul(product, c)  # --------------------------------- before => after
     require(w.values.ndim > 1, "the weights are not a matrix")
-    require(broadcasts_into(c.values.shape, (1, w.values.shape[-1])), "it is not per column")
     require(c.values.ndim <= product.rank, "the constant adds axes")
-    return op.MatMul(x, w.values * c.values)
+    row = _plain_row(c.values)
+    require(broadcasts_into(row.shape, (1, w.values.shape[-1])), "it is not per column")
+    return op.MatMul(x, w.values * row)
+
+
+def _plain_row(values: NDArray[Any]) -> NDArray[Any]:
+    """The constant beside a matrix, without what axes of size one it has in front of two."""
+    ahead = max(values.ndim - 2, 0)
+    return values.reshape(values.shape[ahead:]) if set(values.shape[:ahead]) <= {1} else values
+
+
+@rule(
+    "fuse-biased-matmul-mul",
+    min_opset=7,
+    sample=[
+        {"x": (2, 3, 4), "w": (4, 5), "b": (5,), "c": (5,)},
+        {"c": 0.5},
+        {"b": (1, 1, 5), "c": (1, 1, 5)},
+        {"b": 0.5, "c": [[0.5]]},
+    ],
+    refuses=[
+        {"c": (3, 1)},
+        {"c": (3, 5)},
+        {"c": (1, 1, 1, 5)},
+        {"b": (3, 5)},
+        {"w": (4, 1), "b": (1,), "c": (5,)},
+        {"w": (4, 1), "c": (1,)},
+        {"w": (2, 4, 5)},
+    ],
+)
+def fuse_biased_matmul_mul(op: Ops, x: Var, w: Const, b: Const, c: Const) -> Rewrite:
+    """(MatMul(x, w) + b) * c => MatMul(x, w*c) + b*c, both per column."""
+    product = op.MatMul(x, w)
+    yield op.Mul(op.Add(product, b), c)  # ---------------------- before => after
+    require(w.values.ndim == 2, "the weights are not a matrix")
+    require(max(b.values.ndim, c.values.ndim) <= product.rank, "a constant adds axes")
+    bias, row = (_plain_row(each.values) for each in (b, c))
+    columns = (1, w.values.shape[1])
+    fits = broadcasts_into(bias.shape, columns) and broadcasts_into(row.shape, columns)
+    require(fits, "a constant is not per column")
+    return op.Add(op.MatMul(x, w.values * row), bias * row)
 
 
 @rule(
