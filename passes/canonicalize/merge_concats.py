@@ -88,7 +88,8 @@ def _splits_along(maker: Node, node: Node, edit: Editor) -> bool:
     known = edit.types[whole] if whole is not None else None
     if seam is None or cut == seam:
         return cut == seam
-    return known is not None and bool(known.rank) and cut % known.rank == seam % known.rank
+    rank = known.rank if known is not None else None
+    return rank is not None and rank > 0 and cut % rank == seam % rank
 
 
 def _axis(node: Node) -> int | None:

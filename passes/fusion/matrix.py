@@ -90,7 +90,7 @@ def fuse_gemm_batchnorm(
         {"i": [[0, 4, 2], [5, -1, 1]], "c": [[[0, 1, 2, 3, 4]]], "w": (5, 3)}
         | {"Unsqueeze.axes": [-1], "Reshape.shape": [2, 3, 1], "hot.to": 1},
         {"c": [0, 1, 2, 3, 4], "Unsqueeze.axes": [2], "Reshape.shape": [0, -1, 1]},
-        {"i": np.int32([[0, 4, 2], [5, -1, 1]]), "c": np.int32([0, 1, 2, 3, 4])},
+        {"i": np.array([[0, 4, 2], [5, -1, 1]], np.int32), "c": np.arange(5, dtype=np.int32)},
     ],
     refuses=[
         {"c": [[[0, 1, 2, 4, 3]]]},
