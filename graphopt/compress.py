@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from graphopt.errors import UsageError
 from graphopt.ir import Model
 from graphopt.judging import Budget, Judge
 from graphopt.passes.quantize import noise
-from graphopt.passes.quantize.blocks import blocks
+from graphopt.passes.quantize.blocks import Block, blocks
 from graphopt.passes.quantize.candidates import CONVERSIONS, Candidates, names_of
 from graphopt.passes.quantize.noise import Noise
 from graphopt.passes.quantize.recipe import (
@@ -40,7 +42,8 @@ MODES: Final[tuple[Mode, ...]] = ("auto", "static", "dynamic", "weights")
 _NOISE_FEEDS: Final = 8  # feeds on which noise is followed through the model
 _WORTH: Final = 1.03  # what a candidate must be faster by to be worth repairing
 _LEAST_GAIN: Final = 1e-3  # ms; below, a block gains nothing that could be measured
-_SECONDS: Final = 10.0  # of each measurement of whole models
+_SECONDS: Final = 5.0  # of each measurement of whole models
+_PATIENCE: Final = 12.0  # seconds for what blocks do alone, where it serves a repair
 
 Tell = Callable[[str, float | None], None]
 
@@ -190,7 +193,10 @@ class Compression:
 
     def _repaired(self, trial: Trial[Recipe]) -> None:
         """Try what is left of a candidate once it is good enough."""
-        found = self._sensitivities(trial.recipe)
+        trial = self._corrected(trial)
+        if trial.verdict.good:
+            return
+        found = self._sensitivities(trial, _PATIENCE)
         worst = sorted(found, key=lambda each: -each.noise / max(each.gain_ms, _LEAST_GAIN))
         of = {each.root: each.roots for each in found}
 
@@ -201,20 +207,46 @@ class Compression:
 
         self._search.repair(trial, [each.root for each in worst], without)
 
-    def _sensitivities(self, recipe: Recipe) -> list[Sensitivity]:
-        """What each block of a choice does to the outputs when it alone is on integers."""
-        found = []
-        parts = blocks(self._candidates.chosen(recipe))
+    def _corrected(self, trial: Trial[Recipe]) -> Trial[Recipe]:
+        """The candidate with its biases corrected, where that brings it closer to the original."""
+        self._tell("correcting biases", None)
+        feeds = itertools.islice(self.feeds(), _NOISE_FEEDS)
+        recipe = self._candidates.corrected(trial.recipe, feeds, self._request.threads)
+        if not recipe.corrections:
+            return trial
+        corrected = self._search.try_out(f"{trial.name}, biases corrected", recipe)
+        if corrected.verdict.drop < trial.verdict.drop:
+            return corrected
+        self._candidates.forget_corrections()
+        return trial
+
+    def _sensitivities(self, trial: Trial[Recipe], patience: float) -> list[Sensitivity]:
+        """What each block of a choice does to the outputs when it alone is on integers.
+
+        Those that add most noise inside the model come first; what is left when the `patience`
+        (seconds) is over is taken to do nothing.
+        """
+        injected = self._followed(trial)
+        parts = blocks(self._candidates.chosen(trial.recipe))
+        parts.sort(key=lambda block: -max(injected.injected(unit) for unit in block.units))
+        started, found = time.monotonic(), []
         for number, block in enumerate(parts):
-            self._tell("sensitivity", number / len(parts))
-            alone = recipe.without(frozenset(recipe.options) - block.roots)
-            target = self._folder / "alone.onnx"
-            alone.write(self._lossless, target)
-            noise_alone = self._judge.noise(target, _NOISE_FEEDS)
+            self._tell("following blocks", number / len(parts))
+            late = time.monotonic() - started > patience
+            noise_alone = 0.0 if late else self._alone(trial.recipe, block)
             costs = [self._candidates.milliseconds(root) for root in block.roots]
             gain = sum(a - b for a, b in costs if a is not None and b is not None)
-            found.append(Sensitivity(block.root, block.operators, noise_alone, gain, block.roots))
+            sqnr = injected.sqnr_db(block.root)
+            found.append(
+                Sensitivity(block.root, block.operators, noise_alone, gain, block.roots, sqnr)
+            )
         return found
+
+    def _alone(self, recipe: Recipe, block: Block) -> float:
+        """The noise of the outputs with one block on integers."""
+        target = self._folder / "alone.onnx"
+        recipe.without(frozenset(recipe.options) - block.roots).write(self._lossless, target)
+        return self._judge.noise(target, _NOISE_FEEDS)
 
     def sensitivity(self) -> list[Sensitivity]:
         """Of every block that can be static. Raises UsageError where there is no data."""
@@ -224,11 +256,9 @@ class Compression:
             everything = self._profiled()
             if everything is None:
                 return []
-            found = self._followed(everything)
-            return [
-                replace(each, sqnr_db=found.sqnr_db(each.root))
-                for each in self._sensitivities(everything.recipe)
-            ]
+            found = self._sensitivities(everything, math.inf)
+            order = {unit.root: number for number, unit in enumerate(self._candidates.units)}
+            return sorted(found, key=lambda each: order[each.root])
 
     def _calibrated(self) -> Statistics:
         def count(done: int) -> None:
@@ -321,6 +351,7 @@ class Compression:
         stored = self._search.try_out(f"{trial.name}, stored in fewer bits", recipe)
         if not stored.verdict.good:
             return winner
+        self._speeds[stored.name] = self._speeds[trial.name]  # they are timed together now
         again = self._timed([trial, stored])
         ratio, before = (again.against_lossless[t.name] for t in (stored, trial))
         return replace(again, trial=stored if ratio.high >= before.median else trial)

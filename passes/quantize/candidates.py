@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.edit import Editor
 from graphopt.ir import Model
+from graphopt.passes.quantize.corrections import bias_corrections
 from graphopt.passes.quantize.costs import Profile, boundary_costs
 from graphopt.passes.quantize.emission import Options
 from graphopt.passes.quantize.parameters import Method, Ranges, affines, wanted
@@ -45,6 +49,7 @@ class Candidates:
         self.halves = half_regions(edit)
         self.bits = bits
         self._usable: list[Unit] = []
+        self._corrections: dict[str, NDArray[Any]] = {}
         self._ranges: Ranges | None = None
         self._statistics: Statistics | None = None
         self._floats: Profile | None = None
@@ -122,6 +127,22 @@ class Candidates:
         """True where a product or convolution is on integers: the rest alone is no int8."""
         return any(unit.weights is not None for unit in self.chosen(recipe))
 
+    def corrected(self, recipe: Recipe, feeds: Iterable[Feed], threads: int) -> Recipe:
+        """The recipe with corrections of its biases, which recipes made from now on have too."""
+        edit = Editor(Model.load(self.lossless))
+        static = recipe.taking(STATIC)
+        units = [unit for unit in Units(edit) if unit.root in static]
+        found = bias_corrections(
+            edit, units, recipe.tensors, feeds, recipe.weights, threads=threads
+        )
+        # Decisions keep them in 32 bits: what is judged and what is replayed are to be the same.
+        self._corrections = {root: each.astype(np.float32) for root, each in found.items()}
+        return replace(recipe, corrections=self._corrections)
+
+    def forget_corrections(self) -> None:
+        """Correct no further recipe."""
+        self._corrections = {}
+
     def chosen(self, recipe: Recipe) -> list[Unit]:
         """The units that a recipe makes static."""
         static = recipe.taking(STATIC)
@@ -136,7 +157,8 @@ class Candidates:
     def _static(self, units: Sequence[Unit]) -> Recipe:
         assert self._ranges is not None
         options = {unit.root: STATIC for unit in units}
-        return Recipe(options, affines(units, self._ranges), weights=Options(self.bits))
+        corrections = {r: c for r, c in self._corrections.items() if r in options}
+        return Recipe(options, affines(units, self._ranges), corrections, Options(self.bits))
 
 
 def names_of(units: Iterable[Unit]) -> list[str]:
