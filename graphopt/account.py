@@ -14,7 +14,7 @@ from graphopt.int8_regions import Choice, operators
 from graphopt.int8_report import CandidateRecord, Int8Record, Precision, RatioRecord, RegionRecord
 from graphopt.ir import Model, Node
 from graphopt.judging import Judged
-from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, Recipe
+from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, WEIGHTS, Recipe
 from graphopt.regions import boundary, connected
 from graphopt.report import file_info
 from graphopt.search import Trial
@@ -23,6 +23,8 @@ from graphopt.timing import Ratio
 _PRECISIONS: Mapping[str, Precision] = {
     STATIC: "int8",
     DYNAMIC: "dynamic int8",
+    WEIGHTS[8]: "int8 weights",
+    WEIGHTS[4]: "int4 weights",
     TABLE: "int8 table",
     HALF: "float16",
 }

@@ -305,6 +305,7 @@ class Compression:
 
     def _timing(self, what: str) -> dict[str, Any]:
         request = self._request
+        self._tell(what, 0.0)
         return {
             "threads": request.threads,
             "seconds": _SECONDS,

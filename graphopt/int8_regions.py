@@ -8,9 +8,9 @@ from typing import Final
 
 from graphopt.compress import Outcome
 from graphopt.constants import CONSTANT
-from graphopt.int8_report import RegionRecord
+from graphopt.int8_report import Precision, RegionRecord
 from graphopt.ir import Node
-from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, Recipe
+from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, WEIGHTS, Recipe
 from graphopt.passes.quantize.units import Unit
 from graphopt.regions import boundary, connected
 from graphopt.search import Trial
@@ -19,6 +19,7 @@ from graphopt.targets import CLAMPS
 CHEAPER: Final = "cheaper on integers"
 ENCLOSED: Final = "as part of the whole"
 AS_IT_RUNS: Final = "its activations are quantized as it runs"
+BY_WEIGHTS: Final = "its weights are stored in fewer bits"
 BY_ROW: Final = "rows have a scale each"
 NARROW: Final = "its weights lose nothing worth mentioning"
 DEARER: Final = "cheaper in floats"
@@ -28,6 +29,13 @@ UNFUSED: Final = "does not fuse to an integer kernel"
 UNSEEN: Final = "not calibrated"
 UNLIKE: Final = "its operands have no scale in common"
 NO_KERNEL: Final = "no integer kernel"
+
+
+_PRODUCTS: Final[Mapping[str, tuple[Precision, str]]] = {
+    DYNAMIC: ("dynamic int8", AS_IT_RUNS),
+    WEIGHTS[8]: ("int8 weights", BY_WEIGHTS),
+    WEIGHTS[4]: ("int4 weights", BY_WEIGHTS),
+}
 
 
 class Choice:
@@ -42,7 +50,7 @@ class Choice:
         self._usable: frozenset[str] = frozenset()
         if outcome.feeds and candidates.can_be_static:
             self._usable = candidates.everything().taking(STATIC)
-        dynamic = self._recipe.taking(DYNAMIC)
+        dynamic = self._recipe.taking(DYNAMIC).union(*map(self._recipe.taking, WEIGHTS.values()))
         self._dynamic = {root: n for root, n in candidates.products.items() if root in dynamic}
 
     def records(self) -> list[RegionRecord]:
@@ -100,8 +108,8 @@ class Choice:
                 RegionRecord(
                     root=root,
                     operators=operators(nodes),
-                    precision="dynamic int8",
-                    why=AS_IT_RUNS,
+                    precision=_PRODUCTS[self._recipe.options[root]][0],
+                    why=_PRODUCTS[self._recipe.options[root]][1],
                     nodes=len(nodes),
                     ms_before=self._milliseconds([unit])[0] if unit else None,
                     sqnr_db=self.sqnr_db([root]),

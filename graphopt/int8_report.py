@@ -8,7 +8,9 @@ from pydantic import Field
 
 from graphopt.record import Record
 
-Precision = Literal["int8", "dynamic int8", "int8 table", "float16", "float"]
+Precision = Literal[
+    "int8", "dynamic int8", "int8 weights", "int4 weights", "int8 table", "float16", "float"
+]
 
 
 class RatioRecord(Record):

@@ -114,10 +114,9 @@ class Quality:
 
     @property
     def noise(self) -> float:
-        """1 - the concordance of the real output that has least of it: additive where it is small."""
-        return 1.0 - min(
-            (o.concordance for o in self.outputs if o.concordance is not None), default=1.0
-        )
+        """1 - the least concordance of the outputs: small noises of several causes add up."""
+        known = [o.concordance for o in self.outputs if o.concordance is not None]
+        return 1.0 - min(known, default=1.0)
 
     @property
     def sqnr_db(self) -> float | None:

@@ -16,11 +16,11 @@ from graphopt.compress import Outcome
 from graphopt.decisions import Decisions, RegionDecision, TensorQuantization
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
-from graphopt.int8_regions import AS_IT_RUNS, BY_ROW, NARROW, Choice
+from graphopt.int8_regions import AS_IT_RUNS, BY_ROW, BY_WEIGHTS, NARROW, Choice
 from graphopt.ir import Model, Node
 from graphopt.kernels.affine import Affine
 from graphopt.passes.quantize.emission import Options
-from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, Recipe
+from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, WEIGHTS, Recipe
 from graphopt.passes.quantize.units import Unit
 from graphopt.regions import Region, StaticType
 from graphopt.search import Trial
@@ -30,7 +30,7 @@ from graphopt.targets import has_vnni
 ORIGINAL: Final = "original"
 TARGET: Final = "ort-cpu"
 _WEIGHTS: Final = "weights."  # before the names of the options of how weights are quantized
-_CHOICES: Final = frozenset({STATIC, DYNAMIC, TABLE, HALF})
+_CHOICES: Final = frozenset({STATIC, DYNAMIC, *WEIGHTS.values(), TABLE, HALF})
 _FULL_BITS: Final = 8
 
 Setting = str | int | float | bool | None
@@ -146,7 +146,8 @@ def _regions(outcome: Outcome, trial: Trial[Recipe]) -> Iterator[RegionDecision]
     for unit in candidates.units:
         if unit.root in static or unit in left:
             yield _unit(outcome, choice, unit, known, is_static=unit.root in static)
-    others = ((DYNAMIC, candidates.products, AS_IT_RUNS), (TABLE, candidates.tables, BY_ROW))
+    others = [(DYNAMIC, candidates.products, AS_IT_RUNS), (TABLE, candidates.tables, BY_ROW)]
+    others += [(option, candidates.weighted, BY_WEIGHTS) for option in WEIGHTS.values()]
     for option, found, why in others:
         for root in sorted(recipe.taking(option)):
             yield _node(root, found[root], option, why, known)

@@ -178,7 +178,8 @@ def test_weights_alone(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     found = optimize(CNN, out, "weights").int8
     assert found is not None
-    assert set(found.counts) <= {"int8-table", "half"}
+    assert {"weights8", "half"} & set(found.counts)
+    assert set(found.counts) <= {"weights8", "weights4", "int8-table", "half"}
     assert found.bytes is not None
     assert found.bytes < found.bytes_lossless
     assert any(region.precision == "float16" for region in found.regions)

@@ -52,7 +52,8 @@ def test_sums_are_those_of_all_data_at_once(offset: float) -> None:
     assert found.noise == pytest.approx(((a - b) ** 2).mean(), rel=1e-9)
     assert found.sqnr_db == pytest.approx(10 * np.log10(a.var() / ((a - b) ** 2).mean()), rel=1e-9)
     assert found.correlation == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-9)
-    assert found.agreement == pytest.approx(1 - ((a - b) ** 2).mean() / a.var(), rel=1e-9)
+    total = a.var() + b.var() + (a.mean() - b.mean()) ** 2  # Lin's concordance
+    assert found.agreement == pytest.approx(1 - ((a - b) ** 2).mean() / total, rel=1e-6)
 
 
 def test_the_error_of_decibels_is_that_of_repeated_experiments() -> None:
@@ -130,7 +131,11 @@ def test_probabilities_choose_along_their_axis() -> None:
         assert (found.kind, found.choice is not None) == ("classes", True)
         assert found.choice is not None
         assert found.choice.n + found.choice.excluded == rows
-        assert found.agreement == pytest.approx((a == b).mean(), abs=2 / rows)
+        assert found.choice.share == pytest.approx((a == b).mean(), abs=2 / rows)
+        rows_of = np.moveaxis(softmax(scores, axis), axis, -1).reshape(rows, -1)
+        chosen = np.moveaxis(softmax(other, axis), axis, -1).reshape(rows, -1).argmax(-1)
+        lost = [row.max() - row[at] for row, at in zip(rows_of, chosen, strict=True)]
+        assert found.agreement == pytest.approx(1 - np.mean(lost))
         assert found.agreement < 1
     logarithms = compared([np.log(softmax(scores))], [np.log(softmax(other))])
     assert logarithms.kind == "classes"
@@ -168,7 +173,8 @@ def test_near_ties_of_the_original_are_excluded() -> None:
     assert (wide.share, wide.n, wide.excluded) == (1.0, 1, 2)
     # all excluded: nothing is left but how far the numbers are apart
     none = compared([x], [y], margins={"y": 9.0})
-    assert (none.choice, none.agreement) == (None, pytest.approx(1 - none.noise / none.signal))
+    total = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+    assert (none.choice, none.agreement) == (None, pytest.approx(1 - none.noise / total))
 
 
 def test_sides_of_one_half() -> None:
@@ -247,7 +253,9 @@ def test_the_worst_output_decides() -> None:
     y = {"a": np.array([0, 1, 2, 9]), "b": np.array([[0.1, 0.1]])}
     found = compare(run([x]), run([y]), [{"at": 0}])
     assert [o.name for o in found.outputs] == ["a", "b"]
-    assert (found.agreement, found.drop, agreement(found)) == (0.5, 0.5, 0.5)
+    # of two choices one differs, of which the original was 0.9 to 0.1 sure
+    assert found.agreement == agreement(found) == pytest.approx(0.6)
+    assert found.drop == pytest.approx(0.4)
     assert found.sqnr_db == found.outputs[1].sqnr_db
     assert Quality((), 1).agreement == 1
 
@@ -290,3 +298,22 @@ def test_sessions_run_as_they_are() -> None:
         assert found.agreement == 1
         with pytest.raises(RuntimeFailure):
             compare(original.run, candidate.run, [{"image": images[0]}])
+
+
+def test_channels_that_have_nothing_in_common_count_alike() -> None:
+    """Boxes of hundreds beside scores below one: over all elements the scores would be nothing."""
+    rng = RNG(8)
+    boxes = rng.uniform(0, 600, (6, 4, 50))
+    scores = rng.uniform(0, 1, (6, 4, 50))
+    x = np.concatenate([boxes, scores], 1)
+    lost = np.concatenate([boxes, np.zeros_like(scores)], 1)
+    found = compared(list(x[:, None]), list(lost[:, None]))
+    assert found.sqnr_db is not None
+    assert found.sqnr_db > 50
+    assert found.agreement == pytest.approx(0.5, abs=0.01)
+
+
+def test_gain_and_offset_are_no_agreement() -> None:
+    x = RNG(9).normal(size=(4, 100))
+    assert compared([x[:, :2]], [x[:, :2] + 3.0]).agreement < 0.5
+    assert compared([x[:, :2]], [x[:, :2] * 3.0]).agreement < 0.7
