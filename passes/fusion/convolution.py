@@ -193,6 +193,18 @@ def fuse_conv_div(op: Ops, x: Var, w: Const, c: Const, b: Const = absent(0.0)) -
 
 
 @rule(
+    "fuse-conv-neg",
+    min_opset=6,
+    sample=[{"x": IMAGE, "w": KERNEL, "b": (4,), "conv.strides": [2, 1]}],
+)
+def fuse_conv_neg(op: Ops, x: Var, w: Const, b: Const = absent(0.0)) -> Rewrite:
+    """-Conv(x, w, b) => Conv(x, -w, -b)."""
+    conv = op.Conv(x, w, b)
+    yield op.Neg(conv)  # -------------------------------------- before => after
+    return op.Conv(x, -w.values, None if b.is_absent else -b.values, **conv.attrs)
+
+
+@rule(
     "fuse-pad-conv",
     min_opset=2,
     sample=[
