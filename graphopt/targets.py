@@ -59,7 +59,7 @@ FLOAT_RESULT: Final = frozenset({"product"})
 
 # What a QuantizeLinear says by its range already, so that onnxruntime drops the operator.
 CLAMPS: Final = frozenset({"Relu", "Clip"})
-CLAMPED: Final = frozenset({"convolution", "product", "sum"})
+CLAMPED: Final = frozenset({"convolution", "product", "sum", "gate"})
 
 # What onnxruntime takes onto integers unasked wherever DequantizeLinear stands before it and
 # QuantizeLinear behind. The float weights of these are quantized by tensor in passing (those of

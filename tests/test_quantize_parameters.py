@@ -194,6 +194,24 @@ def test_concat_of_unlike_ranges_is_kept_apart(second: list[float], alike: bool)
         assert found["x"] == found["u"] == found["z"]
 
 
+@pytest.mark.parametrize(("top", "shares"), [(1.0, False), (2.0, True), (3.0, True)])
+def test_a_clamp_keeps_its_top_beside_others(top: float, shares: bool) -> None:
+    nodes = [
+        conv("x", "h"),
+        node("Clip", ["h", "low", "top"], ["r"]),
+        conv("x", "k"),
+        node("Relu", ["k"], ["s"]),
+        node("Concat", ["s", "r"], ["y"], axis=1),
+    ]
+    held = [W, constant("low", 0.0), constant("top", top)]
+    seen = {"x": [1.0], "r": [0.0, 1.0], "s": [0.0, 2.0], "y": [0.0, 2.0]}
+    known = Known(nodes, seen, held)
+    assert known.usable() == ["r", "s", "y"]
+    found = known.affines()
+    assert found["s"] == found["y"]
+    assert (found["r"] == found["y"]) == shares
+
+
 def test_clamps_keep_their_range_beside_others() -> None:
     """Relu's zero point stays 0 next to numbers that are negative; those share another range."""
     nodes = [
@@ -248,16 +266,50 @@ def test_shifts_are_whole_steps(
     expected = factor * dequantize(every, x).astype(np.float64) + shift
     off = np.abs(dequantize(every, y) - expected).max()
     step = factor * float(x.scale)
-    if abs(moved) >= float(x.scale) * (1 + 1e-6):
-        assert off <= 1e-5 * (step * 256 + abs(shift))
-    else:  # less than a step: to the nearest
-        assert off <= step * (0.5 + 1e-4)
+    is_exact = abs(moved) >= float(x.scale) * (1 + 1e-6)
+    # Less than a step goes to the nearest, none or one.
+    assert off <= (1e-5 * (step * 256 + abs(shift)) if is_exact else step * (0.5 + 1e-4))
     for affine, ends in ((x, (low, high)), (y, (factor * low + shift, factor * high + shift))):
         for end in (*ends, 0.0):
             kept = dequantize(quantize(np.float32(end), affine), affine)
-            assert abs(float(kept) - end) <= float(affine.scale) * 0.501 + 1e-6 * abs(end)
+            within = 0.501 if is_exact or affine is x else 1.001
+            assert abs(float(kept) - end) <= float(affine.scale) * within + 1e-6 * abs(end)
     if after:
         assert found["f"] == found["n"]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.floats(0.2, 5), st.integers(-8, 8)), min_size=2, max_size=4))
+def test_parts_that_are_shifts_of_others_join(maps: list[tuple[float, int]]) -> None:
+    """All that is read from the same integers reads right, whichever way the parts are joined."""
+    nodes, held = [], [constant("m", np.zeros(4)), constant("v", np.ones(4))]
+    readings = {"x": (1.0, 0.0), "u": (1.0, 0.0)}
+    for number, (factor, shift) in enumerate(maps):
+        names = [f"g{number}", f"b{number}"]
+        # One half goes on from the last, the other starts at an input of its own.
+        source = "u" if number == len(maps) // 2 else (f"n{number - 1}" if number else "x")
+        held += [constant(names[0], np.full(4, factor)), constant(names[1], np.full(4, shift))]
+        inputs = [source, *names, "m", "v"]
+        nodes.append(node("BatchNormalization", inputs, [f"n{number}"], epsilon=0.0))
+        f, s = readings[source]
+        readings[f"n{number}"] = (f * factor, s * factor + shift)
+    first, last = f"n{len(maps) // 2 - 1}", f"n{len(maps) - 1}"
+    nodes.append(node("Concat", [first, last], ["y"], axis=1))
+    seen = {name: [f * x + s for x in (-1.0, 2.0)] for name, (f, s) in readings.items()}
+    seen["y"] = [*seen[first], *seen[last]]
+    known = Known(nodes, seen, held, inputs=("x", "u"))
+    found = known.affines()
+    assert found[first] == found[last] == found["y"]
+    every = np.arange(256, dtype=np.uint8)
+    for name, (f, s) in readings.items():
+        source = "x" if int(name[1:] or 0) < len(maps) // 2 and name != "u" else "u"
+        x, y = found[source], found[name]
+        off = dequantize(every, y) - (f * dequantize(every, x).astype(np.float64) + s)
+        assert np.abs(off).max() <= float(y.scale) * 1.01  # each of two shifts to the nearest
+        for end in seen[name]:
+            kept = float(dequantize(quantize(np.float32(end), y), y))
+            # An end is within half a step, and so is a second shift.
+            assert abs(kept - end) <= float(y.scale) * 1.001 + 1e-6 * abs(end)
 
 
 def test_a_shift_does_not_move_a_clamp() -> None:

@@ -117,8 +117,8 @@ def test_convolution(name: str, clamp: str, has_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("top", [0.3, 1.0, 6.0, 31.888313, 1000.7])
-def test_the_last_step_is_never_beyond_a_clip(top: float) -> None:
-    """31.888313 / 255 in float32, times 255, is more: the Clip would stay, and the convolution."""
+def test_any_clip_at_zero_is_dropped(top: float) -> None:
+    """31.888313 / 255 in float32, times 255, is more than that."""
     made = [CONV, node("Clip", ["h", "low", "top"], ["y"])]
     held = [W, B, constant("low", 0.0), constant("top", top)]
     fused(Small(made, {"x": IMAGE}, ["y"], held, spread=top), {"QLinearConv": 1})
@@ -185,11 +185,13 @@ def test_gemm(shape: tuple[int | str, ...], transposed: int, held: onnx.TensorPr
     fused(Small(made, {"x": shape}, ["y"], constants), {"QGemm": 1})
 
 
-@pytest.mark.parametrize("attributes", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}])
-def test_other_gemms_stay_floats(attributes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("bias", [(32,), (6, 32), (6, 1)])
+@pytest.mark.parametrize("attributes", [{}, {"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}])
+def test_other_gemms_stay_floats(attributes: dict[str, Any], bias: tuple[int, ...]) -> None:
     shape = (24, 6) if "transA" in attributes else (6, 24)
     made = [node("Gemm", ["x", "m", "bias"], ["y"], **attributes)]
-    assert make_static(Small(made, {"x": shape}, ["y"], [M, BIAS])).found == []
+    static = make_static(Small(made, {"x": shape}, ["y"], [M, normal("bias", *bias)]))
+    assert static.found == ([] if attributes or len(bias) > 1 else ["y"])
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,7 @@ def test_other_gemms_stay_floats(attributes: dict[str, Any]) -> None:
         ((24,), (24, 32), ()),  # an activation without rows
         ((2, 6, 24), (2, 24, 32), ()),  # a stack of matrices
         ((6, 24), (24, 32), (1, 1, 32)),  # a bias that adds an axis
+        ((6, 24), (24, 32), (6, 32)),  # one for each row
     ],
 )
 def test_products_that_no_kernel_computes(
@@ -332,12 +335,14 @@ def test_sums_and_gates(name: str, op: str) -> None:
     fused(Small(made, small.inputs, ["y"], small.held), {f"QLinear{op}": 1})
 
 
+@pytest.mark.parametrize("op", ["Add", "Mul"])
 @pytest.mark.parametrize("clamp", ["Relu", "Clip"])
-def test_clamped_sums(clamp: str) -> None:
+def test_clamped_sums_and_gates(clamp: str, op: str) -> None:
     bounds = ["low", "six"] if clamp == "Clip" else []
-    made = [node("Add", ["x", "u"], ["h"]), node(clamp, ["h", *bounds], ["y"])]
+    made = [node(op, ["x", "u"], ["h"]), node(clamp, ["h", *bounds], ["y"])]
     held = [constant("low", 0.0), constant("six", 6.0)]
-    fused(Small(made, {"x": IMAGE, "u": IMAGE}, ["y"], held, spread=4.0), {"QLinearAdd": 1})
+    small = Small(made, {"x": IMAGE, "u": IMAGE}, ["y"], held, spread=4.0)
+    fused(small, {f"QLinear{op}": 1})
 
 
 OPERATORS: dict[str, tuple[str, dict[str, Any], Kernels]] = {
@@ -422,11 +427,17 @@ def test_a_normalisation_and_what_moves_its_result(after: str) -> None:
     fused(Small(made, {"x": IMAGE}, ["y"], held), {kernels[after]: 1, "QLinearConv": 1})
 
 
-@pytest.mark.parametrize("why", ["channels", "training", "negative", "variance", "infinite"])
+@pytest.mark.parametrize(
+    "why", ["factors", "shifts", "training", "negative", "zero", "variance", "infinite"]
+)
 def test_other_normalisations_are_no_units(why: str) -> None:
     held = normalisation(0.5)
-    if why == "channels":
-        held[0] = normal("gamma", 8)
+    if why == "factors":
+        held[0] = constant("gamma", np.linspace(1, 2, 8))
+    elif why == "shifts":
+        held[1] = normal("beta", 8)
+    elif why == "zero":
+        held = normalisation(0.5, 0.0)
     elif why == "negative":
         held = normalisation(0.5, -1.0)
     elif why == "variance":
@@ -520,6 +531,13 @@ def test_a_split_with_results_that_nobody_reads_stays_float() -> None:
 def test_a_resize_that_makes_new_numbers_is_no_unit(attributes: dict[str, Any]) -> None:
     held = [integers("sizes", 2, 8, 12, 20), constant("roi", [0, 0, -0.2, -0.2, 1, 1, 1.5, 1.5])]
     assert make_static(alone("Resize", "roi", "", "sizes", held=held, **attributes)).found == []
+
+
+def test_what_says_how_to_move_is_not_quantized() -> None:
+    made = [node("Resize", ["x", "x", "", "sizes"], ["y"], mode="nearest")]
+    static = make_static(Small(made, {"x": (2,)}, ["y"], [integers("sizes", 4)]))
+    (resize,) = (n for n in static.after.graph.node if n.op_type == "Resize")
+    assert list(resize.input) == ["x/dequantized", "x", "", "sizes"]
 
 
 # -- Concat ----------------------------------------------------------------------------------------

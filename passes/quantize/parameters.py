@@ -87,7 +87,7 @@ class Ranges:
         """True where one scale serves all of them: boxes and scores have none in common."""
         found = [self.of(value) for value in values]
         widths = [known[1] - known[0] for known in found if known is not None]
-        return len(widths) == len(values) and _are_alike(widths)
+        return len(widths) == len(values) and max(widths) <= _ALIKE * min(widths)
 
 
 def usable(units: Iterable[Unit], known: Ranges) -> list[Unit]:
@@ -142,11 +142,6 @@ class _Reading:
         """First this, then the other."""
         return _Reading(self.factor * other.factor, self.shift * other.factor + other.shift)
 
-    def is_close(self, other: _Reading) -> bool:
-        """True where both say the same, but for rounding."""
-        mine, theirs = (self.factor, self.shift), (other.factor, other.shift)
-        return bool(np.allclose(mine, theirs, rtol=1e-6, atol=1e-9 * self.factor))
-
 
 _Group = dict[Value, _Reading]
 
@@ -170,13 +165,13 @@ class _Groups:
                 self._groups.setdefault(value, {value: _Reading()})
             return self._holds(self._groups[unit.outputs[0]])
         source = self._groups[unit.inputs[0]]
-        reading = source[unit.inputs[0]]
-        given = reading.then(_Reading(unit.factor, unit.shift))
+        given = source[unit.inputs[0]].then(_Reading(unit.factor, unit.shift))
         merged = source | dict.fromkeys(unit.outputs, given)
         if not self._holds(merged):
             if unit.kind != "concatenation":
                 return False
-            merged = dict.fromkeys(unit.outputs, reading)
+            given = _Reading()
+            merged = dict.fromkeys(unit.outputs, given)
         for value in unit.inputs[1:]:
             if value not in merged:
                 wider = _joined(merged, given, self._groups[value], value)
@@ -208,8 +203,8 @@ class _Groups:
         return True
 
     def _ends(self, group: _Group) -> Range:
-        """The range in which all members have theirs, and their zeros."""
-        ends = [reading.undo((0.0, 0.0)) for reading in group.values()]
+        """The range in which all members have theirs, and so their zeros."""
+        ends = []
         for value, reading in group.items():
             own = self._known.of(value)
             assert own is not None
@@ -219,9 +214,6 @@ class _Groups:
     def _affine(self, group: _Group) -> Affine:
         """One set of parameters. A shift becomes a whole number of steps, so that it is exact."""
         low, high = self._ends(group)
-        for value, reading in group.items():
-            bottom, top = reading.undo(self._known.clamp(value))
-            low, high = max(low, bottom), min(high, top)
         affine = asymmetric(low, high)
         shift = max((abs(r.shift / r.factor) for r in group.values()), default=0.0)
         steps = int(shift / float(affine.scale))
@@ -229,19 +221,17 @@ class _Groups:
             scale = shift / steps  # a little more than before
             zero = np.clip(np.rint(-low / scale), 0, 255)
             return Affine(np.asarray(scale, np.float32), np.asarray(zero), np.dtype(np.uint8))
-        if affine.zero_point == 0 and np.float32(255) * affine.scale > high > 0:
-            # Rounded up, the last step would lie beyond a clamp, which could not be dropped then.
-            down = np.nextafter(affine.scale, np.float32(0))
-            return Affine(down, affine.zero_point, affine.dtype)
         return affine
 
 
 def _joined(group: _Group, reading: _Reading, other: _Group, value: Value) -> _Group:
-    """Both groups, such that `value` of the other reads as `reading` does."""
+    """Both groups, such that `value` of the other reads as `reading` does, to the last bit."""
     theirs = other[value]
     factor = reading.factor / theirs.factor
     change = _Reading(factor, (reading.shift - theirs.shift) / theirs.factor)
-    return group | {each: change.then(its) for each, its in other.items() if each not in group}
+    return group | {
+        each: reading if its == theirs else change.then(its) for each, its in other.items()
+    }
 
 
 def _read(affine: Affine, reading: _Reading) -> Affine:
@@ -252,8 +242,3 @@ def _read(affine: Affine, reading: _Reading) -> Affine:
     moved = round(reading.shift / reading.factor / float(affine.scale))
     zero = np.clip(int(affine.zero_point) - moved, 0, 255)
     return Affine(np.asarray(scale, np.float32), np.asarray(zero), np.dtype(np.uint8))
-
-
-def _are_alike(widths: Sequence[float]) -> bool:
-    narrowest = min(widths)
-    return narrowest > 0 and max(widths) <= _ALIKE * narrowest

@@ -197,8 +197,9 @@ class Units:
     ) -> Unit:
         """The unit, with a clamp that alone reads its result.
 
-        Only clamps at zero: the range of u8 ends there exactly. Elsewhere its lower end is up to
-        half a step beyond, and onnxruntime keeps the clamp, and then the operator, in floats.
+        Only clamps at zero: the range of u8 ends there exactly. A bound elsewhere may be midway
+        between two integers (-1 is, of -1..1), and onnxruntime then keeps the clamp, and with it
+        the operator, in floats.
         """
         clamp = (-np.inf, np.inf)
         reader = self._only_reader(nodes[-1])
