@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from graphopt.constants import constant_of
 from graphopt.edit import Editor
-from graphopt.errors import ModelError
 from graphopt.ir import Node, Value
 
 Array = NDArray[Any]
@@ -143,7 +142,7 @@ class _Search:
 
     def found(self) -> Iterator[Channels]:
         """The sets without a barred value that something gives and something reads."""
-        numbers = {}
+        numbers: dict[Value, int] = {}
         for number, group in enumerate(nx.connected_components(self._joined)):
             numbers |= dict.fromkeys(group, number)
         spoilt = {numbers[v] for v in self.axes if v in self._barred or _leaves(v)}
@@ -241,11 +240,8 @@ class _Search:
             if not self._alike(source, result):
                 return False
             if node.op == "Add":
-                behind = self._rank(source) - axis
-                size = self.size(source, axis)
-                if len(shape) < behind or np.prod(shape) != size != shape[-behind]:
-                    return False
-                if not self._addend(other, size, result, Slot(node, slot, -behind)):
+                place = Slot(node, slot, axis - self._rank(source))
+                if not self._addend(other, self.size(source, axis), result, place):
                     return False
             return self._pass(source, result, axis)
         if node.op == "Add":
@@ -281,7 +277,9 @@ class _Search:
     def _addend(self, value: Value, size: int, result: Value, slot: Slot) -> bool:
         """A constant that adds a number to each channel; False for one of another shape."""
         shape = self._shape(value)
-        if shape is None or size != np.prod(shape) or shape[slot.axis] != size:
+        if shape is None or len(shape) < -slot.axis or shape[slot.axis] != size:
+            return False
+        if np.prod(shape) != size:
             return False
         self.givers.append((result, slot))
         return True
@@ -295,6 +293,8 @@ class _Search:
         if before is None or after is None:
             return None
         known = [dim for dim in before[:axis] if dim != 1]
+        if None in known:
+            return None
         for at, dim in enumerate(after):
             if dim == before[axis] and [d for d in after[:at] if d != 1] == known:
                 return at
@@ -320,12 +320,8 @@ class _Search:
     def _shape(self, value: Value | None) -> tuple[int, ...] | None:
         """Of a float32 constant that has numbers."""
         weight = constant_of(value, self._edit.model.store)
-        if weight is None or weight.data_type != onnx.TensorProto.FLOAT or not weight.size:
-            return None
-        try:
-            return weight.values.shape
-        except ModelError:
-            return None
+        is_float = weight is not None and weight.data_type == onnx.TensorProto.FLOAT
+        return weight.shape if weight is not None and is_float and weight.size else None
 
 
 def _leaves(value: Value) -> bool:

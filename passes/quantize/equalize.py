@@ -28,6 +28,9 @@ SMOOTH: Final = "smooth-activations"
 ALPHAS: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _GAIN: Final = 0.9  # of the expected error: what is nearly as good is left alone
 _QUIET: Final = 1e-3  # of the largest: channels that say less are not made louder than that
+# A channel goes beyond the largest of n values that were seen with a probability of 1 / (n + 1).
+_ENOUGH: Final = 512
+_FAR: Final = 4.0
 _STEPS: Final = (255.0, 127.0)  # of activations over their range, of weights up to their largest
 _NORMALISATION: Final = "LayerNormalization"
 
@@ -96,7 +99,8 @@ def equalize(
     magnitudes in the place of the first layer's weights, which scales by channel make
     indifferent. The factors are max|x|^alpha / max|w|^(1 - alpha), of `ALPHAS` and 1 those that
     promise least error over all readers. A set is left alone where nothing of `units` reads it,
-    calibration (`observed`) saw nothing of it, or a tenth of its error would not be saved.
+    calibration (`observed`) saw nothing of it or too few values of each channel, or a tenth of its
+    error would not be saved.
     """
     found = []
     # From the end: what a depthwise convolution gives then counts as its readers take it.
@@ -178,8 +182,11 @@ def _rescale(
 
 
 def _readings(edit: Editor, channels: Channels, statistics: Statistics) -> list[_Reading] | None:
-    """What is known of all readers; None where calibration saw nothing of one."""
-    found = []
+    """What is known of all readers; None where calibration saw nothing of one, or enough of none.
+
+    Of few values, behind a global pool, the largest are supposed to be `_FAR` deviations away.
+    """
+    found, counts = [], []
     for value, slot in channels.readers:
         axis = channels.axes[value]
         try:
@@ -187,6 +194,9 @@ def _readings(edit: Editor, channels: Channels, statistics: Statistics) -> list[
             moments = statistics.moments(value.name, axis)
         except LookupError:
             return None
+        counts.append(moments.count)
+        if moments.count < _ENOUGH:
+            peak = np.maximum(peak, np.abs(moments.mean) + _FAR * np.sqrt(moments.variance))
         by_channel = slot.by_channel(_numbers(edit, slot.value))
         found.append(
             _Reading(
@@ -197,7 +207,7 @@ def _readings(edit: Editor, channels: Channels, statistics: Statistics) -> list[
                 by_channel.shape[3],
             )
         )
-    return found
+    return found if max(counts) >= _ENOUGH else None
 
 
 def _best(
