@@ -172,6 +172,14 @@ def test_values_are_divided_by_the_factors_and_have_new_names(name: str) -> None
             np.testing.assert_allclose(new[now], expected, rtol=1e-4, atol=1e-6 * largest)
 
 
+@pytest.mark.parametrize("name", ["depthwise", "sum"])
+def test_the_same_bytes_come_of_it_again(name: str) -> None:
+    first, second = (rescaled(CASES[name].proto(), CASES[name].feeds())[0] for _ in range(2))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(
+        deterministic=True
+    )
+
+
 def test_what_all_readers_take_is_scaled_once() -> None:
     after, found, _ = rescaled(CASES["sum"].proto(), CASES["sum"].feeds())
     (change,) = found
