@@ -493,7 +493,7 @@ def test_passes_start_with_nodes_in_topological_order() -> None:
             for number, (read, result) in enumerate([("fresh", "a"), ("x", "fresh")]):
                 proto = node("Relu", [read], [result], name=f"n{number}")
                 if read == "fresh":
-                    known["fresh"] = edit._add_value(model.graph, "fresh")
+                    known["fresh"] = edit.add_value(model.graph, "fresh")
                 results = {"a": named(model, "a")} if result == "a" else {"fresh": known["fresh"]}
                 edit.add_node(model.graph, proto, known, results, made.position, "insert")
             edit.record("insert", "a", "", "")

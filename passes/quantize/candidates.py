@@ -15,7 +15,7 @@ from graphopt.ir import Model
 from graphopt.passes.quantize.corrections import bias_corrections
 from graphopt.passes.quantize.costs import Profile, boundary_costs
 from graphopt.passes.quantize.emission import Options
-from graphopt.passes.quantize.parameters import Method, Ranges, affines, wanted
+from graphopt.passes.quantize.parameters import Method, Ranges, affines, usable, wanted
 from graphopt.passes.quantize.placement import cheapest
 from graphopt.passes.quantize.recipe import (
     DYNAMIC,
@@ -64,7 +64,7 @@ class Candidates:
         """Take what calibration saw. Units of which it saw nothing stay in floats."""
         self._statistics = statistics
         self._ranges = ranges = Ranges(self.units, statistics, method)
-        self._usable = [unit for unit in self.units if _is_usable(unit, ranges)]
+        self._usable = usable(self.units, ranges)
 
     @property
     def can_be_static(self) -> bool:
@@ -164,9 +164,3 @@ class Candidates:
 def names_of(units: Iterable[Unit]) -> list[str]:
     """Values that units read or give, each once."""
     return list(dict.fromkeys(v.name for u in units for v in (*u.inputs, *u.outputs)))
-
-
-def _is_usable(unit: Unit, ranges: Ranges) -> bool:
-    if any(ranges.of(value) is None for value in (*unit.inputs, *unit.outputs)):
-        return False
-    return unit.kind != "concatenation" or ranges.are_alike(unit.inputs)
