@@ -204,6 +204,21 @@ def _grid_sample_19(site: Site) -> Sequence[onnx.NodeProto]:
     return [site.copy(mode={"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode))]
 
 
+def _mod_27(site: Site) -> Sequence[onnx.NodeProto]:
+    """The remainder with the sign of the divisor was defined for integers alone."""
+    known = site.types.get(site.node.input[0])
+    is_integer = known is not None and known.data_type in _INTEGERS
+    if not is_integer and not site.attribute("fmod", 0):
+        raise NoAdapterError("a remainder of real numbers had the sign of the dividend")
+    return [site.copy()]
+
+
+_INTEGERS: Final = frozenset(
+    onnx.TensorProto.DataType.Value(f"{kind}{bits}")
+    for kind in ("INT", "UINT")
+    for bits in (8, 16, 32, 64)
+)
+
 _REDUCTIONS: Final = (
     *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"),
     *("ReduceMin", "ReduceProd", "ReduceSumSquare"),
@@ -216,6 +231,7 @@ ADAPTERS: Final[dict[tuple[str, int, int], Adapter]] = {
     ("GridSample", 20, 19): _grid_sample_19,
     **{(op, 13, 12): _softmax_12 for op in ("Hardmax", "LogSoftmax", "Softmax")},
     ("GroupNormalization", 20, 21): _group_normalization_21,
+    ("Mod", 28, 27): _mod_27,
     **{(op, 18, 17): _reduce_axes for op in _REDUCTIONS},
     ("ReduceSum", 13, 12): _reduce_axes,
     ("Resize", 10, 11): _resize_11,
@@ -227,5 +243,11 @@ ADAPTERS: Final[dict[tuple[str, int, int], Adapter]] = {
 
 # Versions that look alike and mean something else, or ask for more than their definitions say.
 UNLIKE: Final = frozenset(
-    {("Dropout", 10), ("GroupNormalization", 21), ("RoiAlign", 16), ("Split", 18)}
+    {
+        ("Dropout", 10),
+        ("GroupNormalization", 21),
+        ("Mod", 28),
+        ("RoiAlign", 16),
+        ("Split", 18),
+    }
 )
