@@ -15,13 +15,14 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.kernels.moments import Gram, Moments, unfold
+from graphopt.kernels.moments import Gram, Moments, Regression, unfold
 from graphopt.kernels.ranges import Histogram, MovingAverage
 from graphopt.runtime import Array
 
-Kind = Literal["histogram", "moving-average", "moments", "gram", "maximum"]
+Kind = Literal["histogram", "moving-average", "moments", "gram", "maximum", "nonzero", "regression"]
 
-_BY_AXIS: Final = ("moments", "maximum")
+_BY_AXIS: Final = ("moments", "maximum", "nonzero")
+_ROWS: Final = ("gram", "regression")
 _UNFOLDED: Final = 1 << 22  # elements of unfolded rows at a time: 16 MB of float32
 
 
@@ -106,18 +107,23 @@ class Observer:
     * "moments": `Moments` of the channels along `axis`;
     * "maximum": the largest magnitude of each channel along `axis`;
     * "gram": a `Gram` matrix with bias, of rows along the feature axis `axis` (every position of
-      the other axes is a row), or of the rows that a convolution reads, by `patches`.
+      the other axes is a row), or of the rows that a convolution reads, by `patches`;
+    * "nonzero": the share of positions at which each channel along `axis` is not zero;
+    * "regression": a `Regression` of such rows on the rows of another value, the `target`, with
+      the channels along the same axis (1 by `patches`); see `Statistics.regress`.
     """
 
     value: str
     kind: Kind
     axis: int | None = None
     patches: Patches | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
-        needs_axis = self.kind in _BY_AXIS or (self.kind == "gram" and self.patches is None)
+        needs_axis = self.kind in _BY_AXIS or (self.kind in _ROWS and self.patches is None)
         assert needs_axis == (self.axis is not None), f"{self}: which axis?"
-        assert self.patches is None or self.kind == "gram", f"{self}: patches"
+        assert self.patches is None or self.kind in _ROWS, f"{self}: patches"
+        assert (self.target is not None) == (self.kind == "regression"), f"{self}: target"
 
     def misfit(self, shape: tuple[int, ...], first: tuple[int, ...]) -> str:
         """Why no array of this shape can be observed after one of the `first`; empty if it can."""
@@ -157,15 +163,53 @@ class Maximum:
         np.maximum(self.values, found, out=self.values)
 
 
-State = Histogram | MovingAverage | Moments | Maximum | Gram
+class NonZero:
+    """How often each channel was not zero: counts, float64 [channels], of `total` positions."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self, channels: int) -> None:
+        self.counts: NDArray[np.float64] = np.zeros(channels)
+        self.total = 0
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """Of the positions, in each channel: 1 - APoZ (Hu et al., arXiv:1607.03250)."""
+        return self.counts / max(1, self.total)
+
+    def add(self, x: Array, axis: int) -> None:
+        """Take in an array whose `axis` holds the channels; ValueError for another number."""
+        others = tuple(at for at in range(x.ndim) if at != axis % x.ndim)
+        self._include(np.count_nonzero(x, axis=others), x.size // x.shape[axis])
+
+    def merge(self, other: NonZero) -> None:
+        """Take in all that another has seen; ValueError for another number of channels."""
+        self._include(other.counts, other.total)
+
+    def _include(self, counts: Array, total: int) -> None:
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"{len(counts)} channels for {len(self.counts)}")
+        self.counts += counts
+        self.total += total
+
+
+State = Histogram | MovingAverage | Moments | Maximum | Gram | NonZero | Regression
 STATES: Final[dict[Kind, type[State]]] = {
     "histogram": Histogram,
     "moving-average": MovingAverage,
     "moments": Moments,
     "maximum": Maximum,
     "gram": Gram,
+    "nonzero": NonZero,
+    "regression": Regression,
 }
 """The class of the states of each kind."""
+
+_BY_CHANNEL: Final[dict[Kind, type[Moments | Maximum | NonZero]]] = {
+    "moments": Moments,
+    "maximum": Maximum,
+    "nonzero": NonZero,
+}
 
 
 def new_states(observer: Observer, shape: tuple[int, ...]) -> list[State]:
@@ -180,7 +224,45 @@ def new_states(observer: Observer, shape: tuple[int, ...]) -> list[State]:
     size = shape[observer.axis]
     if observer.kind == "gram":
         return [Gram(size, bias=True)]
-    return [Moments(size) if observer.kind == "moments" else Maximum(size)]
+    return [_BY_CHANNEL[observer.kind](size)]
+
+
+def new_regressions(
+    observer: Observer, shape: tuple[int, ...], target: tuple[int, ...]
+) -> list[State]:
+    """Empty regressions for arrays of these shapes: one for each group of a convolution."""
+    if (patches := observer.patches) is not None:
+        outputs = target[1] // patches.group
+        return [Regression(patches.features(shape[1]), outputs) for _ in range(patches.group)]
+    assert observer.axis is not None
+    return [Regression(shape[observer.axis], target[observer.axis])]
+
+
+def regress(observer: Observer, states: Sequence[State], x: Array, y: Array) -> None:
+    """Take rows and their targets into regressions; rows that are not finite are left out."""
+    if observer.patches is None:
+        assert observer.axis is not None
+        rows, targets = (np.moveaxis(a, observer.axis, -1) for a in (x, y))
+        _regress(
+            states[0], rows.reshape(-1, rows.shape[-1]), targets.reshape(-1, targets.shape[-1])
+        )
+        return
+    groups, start = observer.patches.group, 0
+    # [N, M, *out] as rows sample by sample, as `Patches.rows` gives those of x
+    wanted = np.moveaxis(y, 1, -1).reshape(-1, groups, y.shape[1] // groups)
+    for rows in observer.patches.rows(x):
+        stop = start + rows.shape[1]
+        for number, state in enumerate(states):
+            _regress(state, rows[number], wanted[start:stop, number])
+        start = stop
+
+
+def _regress(state: State, rows: Array, targets: Array) -> None:
+    assert isinstance(state, Regression)
+    finite = np.isfinite(rows).all(axis=1) & np.isfinite(targets).all(axis=1)
+    if not finite.all():
+        rows, targets = rows[finite], targets[finite]
+    state.add(rows, targets)
 
 
 def observe(observer: Observer, states: Sequence[State], x: Array, *, finite: bool) -> None:
@@ -200,7 +282,7 @@ def observe(observer: Observer, states: Sequence[State], x: Array, *, finite: bo
         state.add(x)
         return
     assert observer.axis is not None
-    if isinstance(state, Maximum):
+    if isinstance(state, Maximum | NonZero):
         state.add(x if finite else np.where(np.isfinite(x), x, 0), observer.axis)
     elif isinstance(state, Moments) and finite:
         state.add(x, observer.axis)
@@ -210,6 +292,7 @@ def observe(observer: Observer, states: Sequence[State], x: Array, *, finite: bo
         if isinstance(state, Gram):
             state.add(rows)
         else:
+            assert isinstance(state, Moments)
             state.add(rows, -1)
 
 

@@ -23,13 +23,13 @@ from graphopt.runtime import limits
 
 
 class StaticType(NamedTuple):
-    """Element type and shape that a value has in a region."""
+    """Element type and shape that a value has in a region; None for a size that varies."""
 
     dtype: npt.DTypeLike
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
 
 
-Shapes = Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+Shapes = Mapping[str, tuple[npt.DTypeLike, tuple[int | None, ...]]]
 """Name of a value to its `StaticType`."""
 
 
@@ -99,15 +99,20 @@ def connected(nodes: Iterable[Node]) -> list[tuple[Node, ...]]:
     return [tuple(component) for component in components.values()]
 
 
-def extract(model: Model, nodes: Iterable[Node], shapes: Shapes) -> onnx.ModelProto:
+def extract(
+    model: Model, nodes: Iterable[Node], shapes: Shapes, also: Collection[str] = ()
+) -> onnx.ModelProto:
     """The nodes as a model of their own, which reads and computes their `boundary`.
 
-    `shapes` gives the static type of every value that they read; outputs that it knows are declared
-    as well. Constants come along in full, operator sets and functions are the model's, and all
-    names stay. Raises UsageError where a type is missing, ModelError over 2 GB.
+    Values named in `also` are further outputs. `shapes` gives the type of every value that they
+    read; outputs that it knows are declared as well. Constants come along in full, operator sets
+    and functions are the model's, and all names stay. Raises UsageError where a type is missing,
+    ModelError over 2 GB.
     """
     inside = sorted(set(nodes), key=lambda node: node.place)
     inputs, outputs = boundary(inside)
+    made = [v for node in inside for v in node.outputs if v is not None]
+    outputs += [v for v in made if v.name in also and v not in outputs]
     if not outputs:
         raise UsageError("a region without outputs cannot run on its own")
     proto = onnx.ModelProto(ir_version=min(model.proto.ir_version, limits().ir))

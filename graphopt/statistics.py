@@ -23,9 +23,9 @@ from graphopt import observers
 from graphopt.errors import DataError, UsageError
 from graphopt.exposed import Exposure, write_exposed
 from graphopt.ir import Model
-from graphopt.kernels.moments import Gram, Moments
+from graphopt.kernels.moments import Gram, Moments, Regression
 from graphopt.kernels.ranges import Histogram, MovingAverage
-from graphopt.observers import Maximum, Observer, Patches, State
+from graphopt.observers import Maximum, NonZero, Observer, Patches, State
 from graphopt.output import Target, output_errors
 from graphopt.runtime import Array, Feed
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 BUDGET: Final = 512 << 20  # bytes of one feed's exposed values that are held at a time
 _FORMAT: Final = 1
 _DAMAGE: Final = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
-_Kind = TypeVar("_Kind", Histogram, MovingAverage, Moments, Maximum)
+_Kind = TypeVar("_Kind", Histogram, MovingAverage, Moments, Maximum, NonZero)
 
 
 class Shapes(NamedTuple):
@@ -111,6 +111,14 @@ class Statistics:
             observer = Observer(value, "gram", rows)
         return [state for state in self._found(observer) if isinstance(state, Gram)]
 
+    def nonzero(self, value: str, axis: int) -> Array:
+        """The share of positions at which each channel is not zero, float64 [channels]."""
+        return self._one(Observer(value, "nonzero", axis), NonZero).share
+
+    def regressions(self, observer: Observer) -> list[Regression]:
+        """Of rows on their targets: one for each group of a convolution."""
+        return [state for state in self._found(observer) if isinstance(state, Regression)]
+
     def has_shape(self, value: str) -> bool:
         """True where the value was seen at all."""
         return value in self._shapes
@@ -165,6 +173,18 @@ class Statistics:
             if observer not in self._states:
                 self._states[observer] = observers.new_states(observer, x.shape)
             observers.observe(observer, self._states[observer], x, finite=finite == x.size)
+
+    def regress(self, observer: Observer, x: Array, y: Array) -> None:
+        """Take in what a value and its target are on one feed: a "regression" needs both.
+
+        They need not be of one model, which is why `sweep` does not feed these. Raises ValueError
+        for arrays that do not fit.
+        """
+        if observer not in self._states:
+            if reason := observer.misfit(x.shape, x.shape):
+                raise ValueError(reason)
+            self._states[observer] = observers.new_regressions(observer, x.shape, y.shape)
+        observers.regress(observer, self._states[observer], x, y)
 
     def _drop(self, observer: Observer, reason: str) -> None:
         """A feed on which a value has no such channels spoils this observer, and no other."""

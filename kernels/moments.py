@@ -111,6 +111,55 @@ class Gram:
         self.count += other.count
 
 
+class Regression:
+    """X^T X of a stream of rows X [n, features], X^T Y of what belongs to them, Y [n, targets].
+
+    X has a last column of ones: `matrix` [features + 1, features + 1], `cross` [features + 1,
+    targets], `energy` [targets] the sums of the squares of Y; all float64. Values have to be
+    finite.
+    """
+
+    __slots__ = ("count", "cross", "energy", "matrix")
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.count = 0
+        self.matrix: Floats = np.zeros((features + 1, features + 1))
+        self.cross: Floats = np.zeros((features + 1, targets))
+        self.energy: Floats = np.zeros(targets)
+
+    @property
+    def variance(self) -> Floats:
+        """Of each target, float64 [targets]."""
+        mean = self.cross[-1] / max(1, self.count)
+        return np.asarray(np.maximum(self.energy / max(1, self.count) - np.square(mean), 0.0))
+
+    def add(self, rows: Array, targets: Array) -> None:
+        """Take in rows [..., features] and [..., targets]; ValueError where they do not fit."""
+        features = len(self.matrix) - 1
+        rows, targets = rows.reshape(-1, rows.shape[-1]), targets.reshape(-1, targets.shape[-1])
+        shapes = rows.shape, targets.shape
+        if shapes != ((len(rows), features), (len(rows), self.cross.shape[1])):
+            raise ValueError(f"rows {shapes[0]} and targets {shapes[1]} for {self.cross.shape}")
+        step = max(1, CHUNK // (features + self.cross.shape[1]))
+        for start in range(0, len(rows), step):
+            x = rows[start : start + step].astype(np.float64)
+            x = np.concatenate((x, np.ones((len(x), 1))), axis=1)
+            y = targets[start : start + step].astype(np.float64)
+            self.matrix += x.T @ x
+            self.cross += x.T @ y
+            self.energy += np.einsum("nt,nt->t", y, y)
+            self.count += len(x)
+
+    def merge(self, other: Regression) -> None:
+        """Take in all that another has seen; ValueError where they are not alike."""
+        if other.cross.shape != self.cross.shape:
+            raise ValueError(f"regressions {self.cross.shape} and {other.cross.shape}")
+        self.matrix += other.matrix
+        self.cross += other.cross
+        self.energy += other.energy
+        self.count += other.count
+
+
 def unfold(
     x: Array,
     kernel: Sequence[int],
