@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final
 
 import numpy as np
 import onnx
 
+from graphopt.errors import ModelError
 from graphopt.ir import Node, Value, Weight
-from graphopt.storage import Store
+from graphopt.storage import HOLLOW_OVER, Store, tensor_bytes
 
 CONSTANT: Final = "Constant"
 _KINDS: Final = {
@@ -47,3 +49,25 @@ def node_constant(node: Node, store: Store) -> Weight | None:
         tensor.string_data.extend(texts)
         return Weight(tensor, store)
     return None
+
+
+def small_tensor(weight: Weight) -> onnx.TensorProto | None:
+    """The weight as a dense tensor of up to 1 KB, from which inference reads shapes and axes.
+
+    None for a larger one. It may be the weight's own: to be read only.
+    """
+    if not weight.is_sparse:
+        return None if weight.nbytes > HOLLOW_OVER else weight.tensor
+    if tensor_bytes(weight.data_type, weight.shape) > HOLLOW_OVER:
+        return None
+    with contextlib.suppress(ModelError):  # malformed: nothing follows from it
+        return onnx.numpy_helper.from_array(weight.values, weight.tensor.name)
+    return None
+
+
+def hollow_tensor(weight: Weight) -> onnx.TensorProto:
+    """A dense tensor of the weight's name, type and shape, without its data."""
+    tensor = onnx.TensorProto(name=weight.tensor.name, data_type=weight.data_type)
+    tensor.dims.extend(weight.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    return tensor

@@ -354,6 +354,37 @@ class Editor:
 
         self._journal.append(undo)
 
+    def represent(self, value: Value, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
+        """Let an initializer hold the same numbers in another form: dense, or sparse."""
+        before, after = value.weight, Weight(proto, self.model.store)
+        assert before is not None
+        assert (before.data_type, before.shape) == (after.data_type, after.shape)
+        value.weight = after
+        value.graph._touch()
+
+        def undo() -> None:
+            value.weight = before
+
+        self._journal.append(undo)
+
+    def declare(self, value: Value, kind: onnx.TypeProto | None) -> None:
+        """Let the file state this type of a value, None for nothing; not of inputs and outputs."""
+        graph, name = value.graph, value.name
+        assert value not in graph.input_set
+        assert not value.is_output
+        before, was_redeclared = graph.value_info.get(name), name in graph.redeclared
+
+        def undo() -> None:
+            _state(graph, name, before)
+            if not was_redeclared:
+                graph.redeclared.discard(name)
+
+        info = None if kind is None else onnx.ValueInfoProto(name=name, type=kind)
+        _state(graph, name, info)
+        graph.redeclared.add(name)
+        graph._touch()
+        self._journal.append(undo)
+
     def define(
         self, functions: Sequence[onnx.FunctionProto], opsets: Sequence[onnx.OperatorSetIdProto]
     ) -> None:
@@ -401,6 +432,13 @@ class Editor:
     def _remove_value(self, graph: Graph, value: Value) -> None:
         graph._remove_value(value)
         self._journal.append(lambda: graph._restore_value(value))
+
+
+def _state(graph: Graph, name: str, info: onnx.ValueInfoProto | None) -> None:
+    if info is None:
+        graph.value_info.pop(name, None)
+    else:
+        graph.value_info[name] = info
 
 
 def _hidden(value: Value, name: str, owner: Graph) -> bool:

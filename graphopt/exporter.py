@@ -62,17 +62,22 @@ def _value_info(graph: Graph) -> list[onnx.ValueInfoProto]:
 
     A value that became a constant says all of this itself.
     """
-    proto = graph.proto
+    proto, redeclared = graph.proto, graph.redeclared
     given = {tensor.name for tensor in proto.initializer}
     given |= {tensor.values.name for tensor in proto.sparse_initializer}
     stated = {
         info.name for field in (proto.value_info, proto.input, proto.output) for info in field
     }
+    kept = [
+        graph.value_info.get(info.name) if info.name in redeclared else info
+        for info in proto.value_info
+    ]
     moved = [info for name, info in graph.value_info.items() if name not in stated]
     return [
         info
-        for info in (*proto.value_info, *moved)
-        if (value := graph.values.get(info.name)) is not None
+        for info in (*kept, *moved)
+        if info is not None
+        and (value := graph.values.get(info.name)) is not None
         and (value.weight is None or info.name in given)
     ]
 

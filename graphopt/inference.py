@@ -8,7 +8,8 @@ from typing import Final
 import onnx
 
 from graphopt import exporter
-from graphopt.ir import Graph, Model, Value
+from graphopt.constants import hollow_tensor, small_tensor
+from graphopt.ir import Graph, Model, Value, Weight
 from graphopt.operators import FORWARD_AXES
 from graphopt.proofs import TensorType
 
@@ -22,8 +23,10 @@ def inferred(
     """onnx's inference over the hollow model, from what is proven and nothing merely declared."""
     proto = onnx.ModelProto()
     proto.CopyFrom(exporter.to_hollow(model))
-    _forget_defaults(model.graph, proto.graph)
     graphs = list(walk(proto.graph)) if has_bodies else [proto.graph]
+    for graph in graphs:
+        _densify(graph, model)
+    _forget_defaults(model.graph, proto.graph)
     opset = model.opsets.get("", 1)
     for graph in graphs:
         del graph.value_info[:]
@@ -52,6 +55,14 @@ def inferred(
         for info in graph.input:
             _forget_shape(info.type)
     return onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+
+
+def _densify(graph: onnx.GraphProto, model: Model) -> None:
+    """State sparse initializers as dense ones, of which inference knows what they are."""
+    for sparse in graph.sparse_initializer:
+        weight = Weight(sparse, model.store)
+        graph.initializer.append(small_tensor(weight) or hollow_tensor(weight))
+    del graph.sparse_initializer[:]
 
 
 def _forget_defaults(graph: Graph, proto: onnx.GraphProto) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -86,8 +86,8 @@ class Weight:
 
     def _count_bytes(self) -> int:
         if isinstance(self.proto, onnx.SparseTensorProto):
-            tensors = [self.proto.values, self.proto.indices]
-            return sum(tensor_bytes(t.data_type, t.dims) for t in tensors)
+            values, indices = self.proto.values, self.proto.indices
+            return tensor_bytes(values.data_type, values.dims) + self.store.stored_bytes(indices)
         if self.data_type == onnx.TensorProto.STRING:
             return sum(len(text) for text in self.proto.string_data)
         return tensor_bytes(self.data_type, self.proto.dims)
@@ -109,18 +109,39 @@ class Weight:
     def _decode(self) -> NDArray[np.generic]:
         if not isinstance(self.proto, onnx.SparseTensorProto):
             return self.store.array(self.proto)
-        values = self.store.array(self.proto.values)
-        indices = self.store.array(self.proto.indices).astype(np.int64)
         try:
+            values, indices = map(self.store.array, (self.proto.values, self.proto.indices))
             dense = np.zeros(self.shape, values.dtype)
-            if indices.ndim == 2:
-                dense[tuple(indices.T)] = values
-            else:
-                dense.reshape(-1)[indices] = values
-        except (IndexError, ValueError, MemoryError) as error:
+            dense.reshape(-1)[_linear(values, indices, self.shape)] = values
+        except (ValueError, MemoryError) as error:
             name = self.tensor.name
             raise ModelError(f"sparse tensor {name!r} cannot be decoded: {error}") from None
         return dense
+
+
+def _linear(
+    values: NDArray[np.generic], indices: NDArray[np.generic], shape: Sequence[int]
+) -> NDArray[np.int64]:
+    """Where the values [n] stand in the flat tensor, from indices [n], or [n, rank] by axis.
+
+    They have to ascend, as ONNX requires: then none is there twice. Raises ValueError.
+    """
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"its indices are {indices.dtype}")
+    if values.ndim != 1 or indices.shape not in (values.shape, (*values.shape, len(shape))):
+        raise ValueError(
+            f"values {list(values.shape)} and indices {list(indices.shape)} do not belong together"
+        )
+    found = indices.astype(np.int64)
+    sizes = np.asarray(shape if found.ndim == 2 else [math.prod(shape)])
+    if np.any(found < 0) or np.any(found.reshape(len(values), -1) >= sizes):
+        raise ValueError(f"an index lies outside of {list(shape)}")
+    if found.ndim == 2:
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        found = found @ np.asarray(strides, np.int64)
+    if np.any(found[1:] <= found[:-1]):
+        raise ValueError("its indices do not ascend")
+    return found
 
 
 class Value:
@@ -251,6 +272,7 @@ class Graph:
         self.input_set: set[Value] = set()
         self.output_counts: dict[Value, int] = {}
         self.value_info: dict[str, onnx.ValueInfoProto] = {}
+        self.redeclared: set[str] = set()  # names whose value_info is not the file's any more
         self.pinned: set[Value] = set()  # read by annotations or training information
         self.inputs_are_frozen = False  # IR < 4: initializers had to be listed as inputs
         self.edited = False

@@ -12,12 +12,11 @@ from collections.abc import Hashable, Mapping
 import onnx
 
 from graphopt import collector, size_terms
-from graphopt.constants import constant_of
+from graphopt.constants import constant_of, small_tensor
 from graphopt.inference import counts_back, inferred, walk
 from graphopt.ir import Graph, Model, Node, Value
 from graphopt.operators import SCALARS
 from graphopt.proofs import Proofs, TensorType
-from graphopt.storage import HOLLOW_OVER
 
 
 class Types:
@@ -213,12 +212,11 @@ def small_data(value: Value, model: Model) -> onnx.TensorProto | None:
     It may be the weight's own: to be read only.
     """
     weight = constant_of(value, model.store)
-    if weight is None or weight.is_sparse or weight.nbytes > HOLLOW_OVER:
-        return None
-    if weight.tensor.name == value.name:
-        return weight.tensor
+    small = None if weight is None else small_tensor(weight)
+    if small is None or small.name == value.name:
+        return small
     tensor = onnx.TensorProto()
-    tensor.CopyFrom(weight.tensor)
+    tensor.CopyFrom(small)
     tensor.name = value.name
     return tensor
 

@@ -145,6 +145,26 @@ class Store:
             raise ModelError(f"tensor {tensor.name!r} cannot be decoded: {reason}") from None
         return values
 
+    def packed(self, numbers: NDArray[np.int64]) -> onnx.TensorProto:
+        """An INT64 tensor [n] as varints: 1 byte below 2^7, 2 below 2^14, 3 below 2^21."""
+        tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=numbers.shape)
+        content = onnx.TensorProto(int64_data=numbers.tolist()).SerializeToString()
+        if len(content) <= HOLLOW_OVER:
+            tensor.MergeFromString(content)
+            return tensor
+        (data,) = wire.fields(content, 0, len(content))
+        stored = StoredRange(MemorySource(content), data.value, data.end - data.value, data.number)
+        self.refer(tensor, self.add(stored))
+        return tensor
+
+    def stored_bytes(self, tensor: onnx.TensorProto) -> int:
+        """Bytes that the tensor's data takes as it is encoded."""
+        if (index := self.reference(tensor)) is not None:
+            return self._ranges[index].length
+        if tensor.int64_data:
+            return onnx.TensorProto(int64_data=tensor.int64_data).ByteSize()
+        return tensor_bytes(tensor.data_type, tensor.dims)
+
     def data_bytes(self, tensor: onnx.TensorProto) -> int | None:
         """Bytes that the tensor's data has as a flat array; None where there is no data (a
         weightless model), where only decoding would tell, and for strings."""

@@ -27,6 +27,7 @@ from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.canonicalize.strip_traces import StripTraces
 from graphopt.passes.fusion.merge_projections import MergeProjections
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
+from graphopt.passes.prune.sparse import Densify, Sparsify
 from graphopt.passes.rules import Canonicalize, Fuse
 
 PASSES: Final[dict[str, type[Pass]]] = {
@@ -53,6 +54,8 @@ PASSES: Final[dict[str, type[Pass]]] = {
         RemoveDead,
         StripTraces,
         Graphsurgeon,
+        Sparsify,
+        Densify,
     )
 }
 
