@@ -18,7 +18,7 @@ from graphopt.fingerprint import fingerprint
 from graphopt.ir import Model
 from graphopt.manager import Pass, PassRun, run_pipeline
 from graphopt.output import ExternalPolicy, Target, output_errors
-from graphopt.passes.pipelines import fixed_shapes, pipeline, requested
+from graphopt.passes.pipelines import around_sparse, fixed_shapes, pipeline, requested
 from graphopt.prover import Candidate, Progress, Prover, staging
 from graphopt.report import Report, ValidationRecord
 
@@ -119,7 +119,7 @@ def optimize(
         step = Int8(wanted, source, held, data, libraries, seed, settings, tell)
         opset = step.opset(opset)
     steps = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
-    job = _Job(source, level, steps, tell, verify_each)
+    job = _Job(source, level, steps, tell, verify_each, is_level=passes is None and level > 0)
     prover = None
     if validate:
         _check_opset(opset)
@@ -185,6 +185,7 @@ class _Job:
     steps: Sequence[Pass]
     tell: Progress
     verify_each: bool | None
+    is_level: bool  # that runs, not passes that the user named
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -227,6 +228,8 @@ class _Job:
         before = records.stats(model), model.opsets
         if place is not None:
             _spare_weights(model, self.source, place.path)
+        if self.is_level:
+            self.others = around_sparse(model, self.others, dense=step is not None)
         read = _source_info(self.source, model)  # now: it may be about to be replaced
         prepared = self._prepare(model)
         candidate = Candidate(model, self._run(model, self.others), staged, place, external)

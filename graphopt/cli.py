@@ -198,6 +198,30 @@ def validate(
     raise typer.Exit(0 if proof.verdict == "proved" else 1)
 
 
+@app.command(short_help="Make sparse weights dense, for tools that read no others.")
+@shell.boundary
+def densify(
+    source: o.Source,
+    output: o.Output,
+    data: o.Data = None,
+    validate: o.Validate = True,
+    external_data: o.ExternalData = "auto",
+    custom_ops: o.CustomOps = None,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Write IN to OUT with its sparse weights dense, every bit the same, and prove it."""
+    from graphopt.exported import Options
+    from graphopt.render.listings import show_densified
+
+    what = Options(passes="densify", validate=validate, external=external_data, data=data)
+    # Exact without a proof: a model that cannot be run here is written all the same.
+    what |= Options(unproven=True, custom_ops=custom_ops or [], seed=seed)
+    record = _optimized(source, output, what, lambda record: None, quiet=json)
+    _tell(record, json, lambda console: show_densified(record, console))
+
+
 @app.command(short_help="Show what a model is made of, and its MACs.")
 @shell.boundary
 def inspect(

@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Final
 
 from graphopt.errors import UsageError
+from graphopt.ir import Model
 from graphopt.manager import Pass, parse_pipeline
 from graphopt.passes.canonicalize.convert_opset import ConvertOpset
 from graphopt.passes.canonicalize.drop_zero_states import DropZeroStates
@@ -27,7 +28,7 @@ from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.canonicalize.strip_traces import StripTraces
 from graphopt.passes.fusion.merge_projections import MergeProjections
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
-from graphopt.passes.prune.sparse import Densify, Sparsify
+from graphopt.passes.prune.sparse import Densify, Sparsify, has_sparse
 from graphopt.passes.rules import Canonicalize, Fuse
 
 PASSES: Final[dict[str, type[Pass]]] = {
@@ -99,6 +100,17 @@ def pipeline(
     if keep_overridable:
         chosen = [step for step in chosen if not isinstance(step, FreezeParameters)]
     return [*first, *chosen]
+
+
+def around_sparse(model: Model, steps: Sequence[Pass], *, dense: bool) -> list[Pass]:
+    """The passes of a level as they suit the weights of a model that came in sparse.
+
+    What folding and fusing made dense of them becomes sparse again at the end, so that the file
+    does not grow. Where they have to be `dense`, as for int8, they are from the start.
+    """
+    if not has_sparse(model):
+        return list(steps)
+    return [Densify(), *steps] if dense else [*steps, Sparsify()]
 
 
 def requested(steps: Sequence[Pass]) -> list[Pass]:

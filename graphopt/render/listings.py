@@ -1,4 +1,4 @@
-"""The screens of `inspect`, `bench` and `passes`."""
+"""The screens of `inspect`, `bench`, `densify` and `passes`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graphopt.render import text
 if TYPE_CHECKING:
     from graphopt.inspection import Inspection, PortRecord
     from graphopt.manager import Pass
-    from graphopt.report import BenchRecord
+    from graphopt.report import BenchRecord, Report
 
 _ROWS = 12  # of operators; --json lists all
 _PORTS = 8
@@ -38,6 +38,21 @@ def show_inspection(found: Inspection, console: Console) -> None:
             for d in found.doubts
         ]
         console.print(text.facts(lines))
+
+
+def show_densified(report: Report, console: Console) -> None:
+    """What `densify` did, on a line; below it the verdict, where that is not the usual one."""
+    made = sum(step.fired.get("densify-weight", 0) for step in report.passes)
+    before, after = (text.size(stats.weight_bytes) for stats in (report.before, report.after))
+    done = f"{text.plural(made, 'sparse tensor')} made dense, weights {before} -> {after}"
+    line = Text(done if made else "no sparse tensors: nothing to do")
+    if report.target is not None:
+        files = " -> ".join(text.size(file.bytes) for file in (report.source, report.target))
+        line.append(f"; {text.clean(report.target.path)}, file {files}")
+    line.append(f"; {report.validation.verdict}")
+    console.print(line, soft_wrap=True)  # a path stays whole, to be copied
+    if report.validation.verdict != "proved" and report.validation.reason:
+        console.print(Text(text.clean(report.validation.reason), style="dim"), soft_wrap=True)
 
 
 def _summary(found: Inspection) -> list[tuple[str, Text | str]]:
