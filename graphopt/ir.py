@@ -133,8 +133,8 @@ def _linear(
             f"values {list(values.shape)} and indices {list(indices.shape)} do not belong together"
         )
     found = indices.astype(np.int64)
-    sizes = np.asarray(shape if found.ndim == 2 else [math.prod(shape)])
-    if np.any(found < 0) or np.any(found.reshape(len(values), -1) >= sizes):
+    sizes = np.asarray(shape if found.ndim == 2 else math.prod(shape), np.int64)
+    if np.any(found < 0) or np.any(found >= sizes):
         raise ValueError(f"an index lies outside of {list(shape)}")
     if found.ndim == 2:
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -145,10 +145,18 @@ class Store:
             raise ModelError(f"tensor {tensor.name!r} cannot be decoded: {reason}") from None
         return values
 
-    def packed(self, numbers: NDArray[np.int64]) -> onnx.TensorProto:
-        """An INT64 tensor [n] as varints: 1 byte below 2^7, 2 below 2^14, 3 below 2^21."""
-        tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=numbers.shape)
-        content = onnx.TensorProto(int64_data=numbers.tolist()).SerializeToString()
+    def listed(self, array: NDArray[Any]) -> onnx.TensorProto:
+        """A float32, float64 or int64 tensor [n] in the field of its type, not as raw data.
+
+        Floats take the same bytes there; integers are varints, 1 byte below 2^7, 2 below 2^14.
+        """
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = onnx.TensorProto(data_type=kind, dims=array.shape)
+        if kind == onnx.TensorProto.INT64:
+            content = onnx.TensorProto(int64_data=array.tolist()).SerializeToString()
+        else:
+            field = next(f for f, kinds in _FLAT_TYPES.items() if kind in kinds)
+            content = wire.header(field, array.nbytes) + array.tobytes()
         if len(content) <= HOLLOW_OVER:
             tensor.MergeFromString(content)
             return tensor

@@ -42,7 +42,7 @@ class Sparsify:
 
     Only +0.0 counts as zero, so that `densify` gives every bit back. A share of zeros below
     `least` leaves a weight dense. So stay tensors of up to 1 KB, which others read shapes from,
-    and what a caller can replace or gets back: onnxruntime takes neither from a sparse tensor.
+    and inputs and outputs of the graph, which would be declared dense and be sparse.
     Types that inference no longer finds behind sparse tensors are declared.
     """
 
@@ -129,12 +129,18 @@ def sparsified(weight: Weight, store: Store, least: float = 0.0) -> onnx.SparseT
         return None
     if len(where) * array.itemsize + _varint_bytes(where) + _FRAME >= weight.nbytes:
         return None
-    values = onnx.numpy_helper.from_array(array.reshape(-1)[where], weight.tensor.name)
-    values.doc_string = weight.tensor.doc_string
     sparse = onnx.SparseTensorProto(dims=weight.shape)
-    sparse.values.CopyFrom(store.kept(values))
-    sparse.indices.CopyFrom(store.packed(where))
+    sparse.values.CopyFrom(_values(array.reshape(-1)[where], store))
+    sparse.values.name, sparse.values.doc_string = weight.tensor.name, weight.tensor.doc_string
+    sparse.indices.CopyFrom(store.listed(where))
     return sparse
+
+
+def _values(array: NDArray[Any], store: Store) -> onnx.TensorProto:
+    """Not as raw data where that takes the same room: onnx-graphsurgeon would not look there."""
+    if array.dtype in (np.float32, np.float64) and not np.isnan(array).any():
+        return store.listed(array)
+    return store.kept(onnx.numpy_helper.from_array(array))
 
 
 def has_sparse(model: Model) -> bool:
@@ -161,7 +167,7 @@ def _weights(model: Model) -> Iterator[tuple[Value, Weight, Node | None]]:
 def _refusal(value: Value) -> str:
     """Why the weight has to stay dense, "" for no reason."""
     if value.is_input:
-        return "it is an input as well"  # onnxruntime computes with something else
+        return "it is an input as well"  # inference refuses the whole model
     if value.is_output:
         return "it is an output as well"  # onnxruntime gives back a sparse tensor
     return "annotations name it" if value in value.graph.pinned else ""
