@@ -10,6 +10,7 @@ from graphopt.passes.prune.labels import Axis, Facts
 
 _CHANNELS: Final = 1  # the axis of channels of all that convolutions give
 _KEEPS_ORIGIN: Final = frozenset({"Identity", "Cast", "CastLike", "Dropout"})
+_ALIGNED: Final = 7  # before, an attribute said where
 _SOFTMAX_BY_AXIS: Final = 13  # before, all axes from `axis` on were one
 
 
@@ -24,7 +25,9 @@ def unary(call: Call) -> list[Facts] | None:
 
 
 def broadcast(call: Call) -> list[Facts] | None:
-    """Operands whose axes are aligned at the last one."""
+    """Operands whose axes are aligned at the last one, as they are from opset 7 on."""
+    if call.opset < _ALIGNED and not call.node.domain:
+        return None
     given = [facts for facts in call.inputs if facts is not None]
     operands = [facts.axes for facts in given if facts.axes is not None]
     if len(operands) < len(given) or not operands:

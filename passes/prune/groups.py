@@ -166,9 +166,9 @@ class _Numbering:
         ]
         read = {(slot.node, slot.slot, slot.axis) for slot in readers}
         givers = [
-            Slot(*stored.uses[0], axis, units)
+            Slot(*stored.readers[0], axis, units)
             for stored, axis, units in parts.stored
-            if (*stored.uses[0], axis) not in read
+            if (*stored.readers[0], axis) not in read
         ]
         root = next(iter(axes)).name
         return Group(root, self._counts[at], axes, givers, readers, tuple(sharers), parts)

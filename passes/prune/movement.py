@@ -7,9 +7,10 @@ from typing import Final
 import numpy as np
 
 from graphopt.passes.prune.call import Call, Handler
-from graphopt.passes.prune.labels import Axis, Counted, Facts, Labels, Number, same
+from graphopt.passes.prune.labels import Axis, Facts, Labels, Number
 from graphopt.size_terms import Size, add
 
+_MOST_NUMBERS: Final = 64  # elements of a shape
 _MODES: Final = frozenset({"constant", ""})
 
 
@@ -56,11 +57,13 @@ def _chained(call: Call, column: tuple[Axis, ...]) -> Axis:
 def _numbers_of_all(call: Call) -> tuple[Number, ...] | None:
     found: list[Number] = []
     for facts in call.inputs:
-        assert facts is not None
-        size = facts.axes[0].size if facts.axes else None
-        if facts.numbers is None and not isinstance(size, int):
+        size = facts.axes[0].size if facts is not None and facts.axes else None
+        if facts is not None and facts.numbers is not None:
+            found += facts.numbers
+        elif isinstance(size, int) and size <= _MOST_NUMBERS:
+            found += [None] * size
+        else:
             return None
-        found += facts.numbers if facts.numbers is not None else (None,) * int(str(size))
     return tuple(found)
 
 
@@ -167,8 +170,10 @@ def gather(call: Call) -> list[Facts] | None:
     if (at := call.axis("axis", 0, len(axes))) < 0:
         return None
     whole, indices, middle = axes[at], chosen.literals, chosen.axes
-    numbers = None
-    if source.numbers is not None and indices is not None and len(axes) == 1:
+    numbers, size = None, whole.size if isinstance(whole.size, int) else 0
+    if indices is not None and size and not all(-size <= index < size for index in indices):
+        return None
+    if source.numbers is not None and indices is not None and len(axes) == 1 and size:
         numbers = tuple(source.numbers[index] for index in indices)
     if whole.labels is not None:
         if indices is not None and len(middle) == 1 and len(indices) > 1:
@@ -247,126 +252,13 @@ def _padded(call: Call, axis: Axis, before: int, after: int) -> Axis:
     return Axis(total, np.concatenate([fixed(before), axis.labels, fixed(after)]))
 
 
-def expand(call: Call) -> list[Facts] | None:
-    """Axes of one index repeated; others keep their size, or take it from a shape that is right."""
-    source, target = call.input(0), call.input(1)
-    if source is None or source.axes is None or target is None or target.numbers is None:
-        return None
-    rank = max(len(source.axes), len(target.numbers))
-    axes = (Axis(1),) * (rank - len(source.axes)) + source.axes
-    numbers = (1,) * (rank - len(target.numbers)) + target.numbers
-    shift = rank - len(target.numbers)
-    out = [_sized(call, axis, number, place - shift) for place, (axis, number)
-           in enumerate(zip(axes, numbers, strict=True))]  # fmt: skip
-    return [Facts(tuple(out))]
-
-
-def constant_of_shape(call: Call) -> list[Facts] | None:
-    """One number everywhere."""
-    target = call.input(0)
-    if target is None or target.numbers is None:
-        return None
-    sized = (_sized(call, Axis(1), number, at, slot=0) for at, number in enumerate(target.numbers))
-    return [Facts(tuple(sized))]
-
-
-def _sized(call: Call, axis: Axis, number: Number, place: int, *, slot: int = 1) -> Axis:
-    """The axis as an element of a shape makes it. What is repeated can be repeated less often."""
-    if isinstance(number, Counted):
-        if axis.size == 1:
-            return Axis(len(number.labels), number.labels)
-        if not same(axis.labels, number.labels):
-            call.bar(axis)
-            call.coupling.bar(number)
-        return axis
-    if axis.size == 1:
-        if not isinstance(number, int) or number < 2:
-            return Axis(number)
-        labels = call.coupling.fresh(number)
-        call.fix_input(slot, place, labels, labels)
-        return Axis(number, labels)
-    if axis.labels is not None and number != 1:
-        if number != axis.size:
-            call.bar(axis)
-        else:
-            call.fix_input(slot, place, axis.labels, axis.labels)
-    return axis
-
-
-def tile(call: Call) -> list[Facts] | None:
-    """Channels that come several times go together."""
-    axes, repeats = call.axes, call.input(1)
-    if axes is None or repeats is None or repeats.literals is None:
-        return None
-    out = []
-    for axis, times in zip(axes, repeats.literals, strict=True):
-        size = axis.size * times if isinstance(axis.size, int) else None
-        labels = None if axis.labels is None else np.tile(axis.labels, times)
-        out.append(axis if times == 1 else Axis(size, labels))
-    return [Facts(tuple(out))]
-
-
-def resize(call: Call) -> list[Facts] | None:
-    """Axes that keep their size by a constant scale of 1 or a stated size pass."""
-    axes = call.axes
-    if axes is None or call.states("axes") is not None:
-        return None
-    if call.text("coordinate_transformation_mode", "") == "tf_crop_and_resize":
-        return None
-    slot = 2 if call.node.op == "Resize" and call.opset > 10 else 1
-    weight = call.constant(slot)
-    scales = None if weight is None or not weight.size else weight.values.reshape(-1)
-    if scales is None and (stated := call.node.attribute("scales")) is not None:
-        scales = np.asarray(stated.floats, np.float32)
-    sizes = call.input(3)
-    out = []
-    for number, axis in enumerate(axes):
-        is_kept = scales is not None and len(scales) == len(axes) and scales[number] == 1
-        if scales is None and sizes is not None and sizes.numbers is not None:
-            is_kept = _keeps(call, axis, sizes.numbers[number], number)
-        if not is_kept:
-            call.bar(axis)
-        out.append(axis if is_kept else Axis(None))
-    return [Facts(tuple(out))]
-
-
-def _keeps(call: Call, axis: Axis, number: Number, place: int) -> bool:
-    """True where the stated size is that of the axis, and will be."""
-    if isinstance(number, Counted):
-        return same(number.labels, axis.labels)
-    if number is None or number != axis.size:
-        return False
-    if axis.labels is not None:
-        call.fix_input(3, place, axis.labels, axis.labels)
-    return True
-
-
-def shape(call: Call) -> list[Facts] | None:
-    """Sizes; one of channels that may go is measured, not known."""
-    axes = call.axes
-    if axes is None:
-        return None
-    numbers: list[Number] = [
-        axis.size if axis.labels is None else Counted(axis.labels) for axis in axes
-    ]
-    stop = call.node.attribute("end")
-    numbers = numbers[call.integer("start", 0) : None if stop is None else stop.i]
-    return [Facts((Axis(len(numbers)),), tuple(numbers))]
-
-
 HANDLERS: Final[dict[tuple[str, str], Handler]] = {
     ("", "Concat"): concat,
-    ("", "ConstantOfShape"): constant_of_shape,
-    ("", "Expand"): expand,
     ("", "Gather"): gather,
     ("", "Pad"): pad,
-    ("", "Resize"): resize,
-    ("", "Shape"): shape,
     ("", "Slice"): slice_,
     ("", "Split"): split,
     ("", "Squeeze"): squeeze,
-    ("", "Tile"): tile,
     ("", "Transpose"): transpose,
     ("", "Unsqueeze"): unsqueeze,
-    ("", "Upsample"): resize,
 }

@@ -65,7 +65,7 @@ def _cut_constants(edit: Editor, group: Group, gone: Units) -> None:
     for stored, axis, units in group.parts.stored:
         cuts.setdefault(id(stored), []).append((axis, units))
     for key, stored in constants.items():
-        node, slot = stored.uses[0]
+        node, slot = stored.readers[0]
         value = node.inputs[slot]
         weight = constant_of(value, edit.model.store)
         assert value is not None

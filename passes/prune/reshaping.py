@@ -141,7 +141,7 @@ def _moved(call: Call, before: Sequence[Axis], after: Sequence[Size | None]) -> 
 
 def _grid(before: Sequence[Axis], old: Sequence[int], sizes: Sequence[int]) -> Labels | None:
     """The label of each element of a block, in the shape that it gets."""
-    shape = [int(str(before[axis].size)) for axis in old]
+    shape = [size for axis in old if isinstance(size := before[axis].size, int)]
     if math.prod(shape) > MOST or math.prod(shape) != math.prod(sizes):
         return None
     at = next(number for number, axis in enumerate(old) if before[axis].labels is not None)
@@ -241,9 +241,9 @@ def _packs(value: Value, axis: int, size: int, depth: int = 3) -> bool:
         if reader.op == "Slice" and size <= _PACKED:
             return True
         moved = _after(reader, axis) if reader.op == "Transpose" and depth else None
-        if moved is not None and (result := reader.outputs[0]) is not None:
-            if _packs(result, moved, size, depth - 1):
-                return True
+        result = reader.outputs[0]
+        if moved is not None and result is not None and _packs(result, moved, size, depth - 1):
+            return True
     return False
 
 

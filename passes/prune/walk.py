@@ -11,7 +11,8 @@ import onnx
 from graphopt.constants import CONSTANT, constant_of
 from graphopt.edit import Editor
 from graphopt.ir import Node, Value, Weight
-from graphopt.passes.prune import elementwise, movement, products, reshaping
+from graphopt.operators import SHAPE_READERS
+from graphopt.passes.prune import elementwise, movement, products, reshaping, sizing
 from graphopt.passes.prune.call import Call, Handler, is_scalar_type, sizes_of
 from graphopt.passes.prune.labels import Axis, Coupling, Facts, Labels, Origin
 
@@ -20,11 +21,13 @@ HANDLERS: Final[dict[tuple[str, str], Handler]] = {
     **movement.HANDLERS,
     **products.HANDLERS,
     **reshaping.HANDLERS,
+    **sizing.HANDLERS,
 }
 
 # Slots at which a node may read a measured size: it passes it on, or shapes its result by it.
 _PASSES: Final = {
     **{op: {0} for op in ("Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze")},
+    "Expand": {0},
     "Reshape": {0},
     "Concat": set(range(64)),
 }
@@ -48,6 +51,12 @@ class Stored:
     value: Value
     uses: list[tuple[Node, int]]
     axes: tuple[Axis, ...]
+
+    @property
+    def readers(self) -> list[tuple[Node, int]]:
+        """Uses of its numbers; all, where only its shape is used."""
+        found = [use for use in self.uses if use[0].op not in SHAPE_READERS]
+        return found or self.uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +90,7 @@ class Walk:
         uses = {use: stored for stored in self.stored for use in stored.uses}
         for reading in self.coupling.readings:
             stored = uses[reading.origin.node, reading.origin.slot]
-            if len(stored.uses) > 1:  # what is refit for one reader would be for the others
+            if len(stored.readers) > 1:  # what is refit for one reader would be for the others
                 self.coupling.bar(reading.labels)
 
     def facts(self, value: Value) -> Facts | None:
