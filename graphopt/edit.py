@@ -165,6 +165,17 @@ class Editor:
         node.graph._set_input(node, slot, value)
         self._journal.append(lambda: node.graph._set_input(node, slot, old))
 
+    def append_input(self, node: Node, value: Value) -> None:
+        """Let the node read one more value, behind those it reads."""
+
+        def undo() -> None:
+            node.graph._set_input(node, len(node.inputs) - 1, None)
+            node.inputs.pop()
+
+        node.inputs.append(None)
+        node.graph._set_input(node, len(node.inputs) - 1, value)
+        self._journal.append(undo)
+
     def restate(self, node: Node, proto: onnx.NodeProto) -> None:
         """Let `proto` say the same of the node: operator, edges and attributes are to be equal."""
         before, rewired = node.proto, node.rewired

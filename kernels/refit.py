@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 
 _STEPS: Final = 100  # of conjugate gradients, at most
 _TOLERANCE: Final = 1e-5  # of their residual, relative to where they started
+_LEAST_VARIANCE: Final = 1e-6  # of what it should be: an output with less has lost its weights
+_LARGEST_SCALE: Final = 4.0
 
 
 class Fit(NamedTuple):
@@ -115,3 +117,23 @@ def _conjugate_gradients(a: Floats, right: Floats, free: Array, first: Floats) -
         direction = scaled + ratio[:, None] * direction
         product = after
     return x
+
+
+def match_moments(matrix: Array, cross: Array, energy: Array, plain: Fit) -> Fit:
+    """Weights scaled and biases moved so that each output keeps mean and variance.
+
+    What taking weights out does to a layer on average, undone without fitting anything (as after
+    Finkelstein et al., arXiv:1906.03193, for rounding). Arguments as in `squared_error`; an output
+    that does not vary keeps its scale, and no scale grows beyond `_LARGEST_SCALE`.
+    """
+    count, features = matrix[-1, -1], plain.weights.shape[1]
+    mean_x = matrix[-1, :features] / count
+    covariance = matrix[:features, :features] / count - np.outer(mean_x, mean_x)
+    given = np.einsum("mk,mk->m", plain.weights @ covariance, plain.weights)
+    mean_y = cross[-1] / count
+    wanted = np.maximum(energy / count - np.square(mean_y), 0)
+    varies = given > _LEAST_VARIANCE * np.maximum(wanted, np.finfo(np.float64).tiny)
+    ratio = np.divide(wanted, given, out=np.ones_like(wanted), where=varies)
+    weights = plain.weights * np.minimum(np.sqrt(ratio), _LARGEST_SCALE)[:, None]
+    bias = None if plain.bias is None else mean_y - weights @ mean_x
+    return Fit(weights, bias)

@@ -123,6 +123,8 @@ def layer_of(edit: Editor, node: Node) -> Layer | None:
         return None
     if weight.data_type != onnx.TensorProto.FLOAT or weight.is_sparse or not weight.size:
         return None
+    if weights.weight is None:
+        return None  # of a Constant node: what lifts those runs before
     if constant_of(source, edit.model.store) is not None:
         return None
     patches = convolution_patches(node, weight.shape[2:]) if node.op == "Conv" else None
@@ -131,7 +133,7 @@ def layer_of(edit: Editor, node: Node) -> Layer | None:
     if node.op in _PRODUCTS and (len(weight.shape) != 2 or not _is_plain(node)):
         return None
     turned = node.op == "MatMul" or (node.op == "Gemm" and not _number(node, "transB", 0))
-    own = sum(weights.consumers.values()) == 1
+    own = sum(weights.consumers.values()) == 1 and not weights.is_output
     return Layer(node, source, weights, weight, result, _bias(edit, node), patches, turned, own)
 
 
@@ -185,10 +187,11 @@ def constant_size(edit: Editor, value: Value) -> int:
 
 def _is_own_vector(edit: Editor, value: Value) -> bool:
     """True for a float32 vector that one node reads, once."""
-    weight = constant_of(value, edit.model.store)
-    if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
+    weight = value.constant
+    if weight is None or weight.data_type != onnx.TensorProto.FLOAT or weight.is_sparse:
         return False
-    return len(weight.shape) == 1 and sum(value.consumers.values()) == 1
+    own = sum(value.consumers.values()) == 1 and not value.is_output
+    return len(weight.shape) == 1 and own
 
 
 def _number(node: Node, name: str, default: float) -> float:

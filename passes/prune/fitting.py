@@ -1,0 +1,240 @@
+"""Layers of a pruned network fitted one after another to what the dense network gives.
+
+The rows that a layer reads come from the network as it is pruned so far, its targets from the dense
+one: each layer makes up for what was lost before it as well as for its own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from graphopt.constants import constant_of
+from graphopt.edit import Editor
+from graphopt.ir import Model, Value
+from graphopt.kernels import refit
+from graphopt.kernels.moments import Regression
+from graphopt.kernels.refit import Fit
+from graphopt.passes.linear import Layer, linear_layers
+from graphopt.relay import Relay, paired
+from graphopt.runtime import Feed
+from graphopt.statistics import Statistics
+
+Array = NDArray[Any]
+Recovery = Literal["lsq", "moments", "none"]
+RECOVERIES: Final[tuple[Recovery, ...]] = ("lsq", "moments", "none")
+RIDGE: Final = 1e-2  # of the mean square of what a layer reads
+_LEAST_SIGNAL: Final = 1e-30  # a variance: an output that varies less is constant
+
+Score = Callable[[Array, Array], Array]
+"""Scores [M, K] from weights [M, K] and the Gram matrix [K, K] of what they read."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit, and what the models run with. `memory` is for values between layers, in bytes."""
+
+    recovery: Recovery = "lsq"
+    ridge: float = RIDGE
+    threads: int = 0
+    custom_ops: tuple[Path, ...] = ()
+    memory: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What became of one layer.
+
+    Errors are mean squares of what it gives, relative to the variance of what the dense layer
+    gives, in the network as it is pruned before it: with the dense weights that stay, and with
+    those that were fitted. `ridge` is what was added to the mean squares of what it reads.
+    """
+
+    root: str
+    operator: str
+    kept: int
+    total: int
+    error_before: float
+    error_after: float
+    ridge: float
+
+
+@dataclass
+class Fitted:
+    """All layers in order, with scores of their new weights where those were asked for."""
+
+    layers: list[LayerFit] = field(default_factory=list)
+    scores: dict[str, Array] = field(default_factory=dict)
+
+
+def fit(
+    dense: Model,
+    edit: Editor,
+    masks: Mapping[str, Array],
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Settings,
+    *,
+    score: Score | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Fitted:
+    """Mask the weights of layers, by root, and fit these and all others in their order.
+
+    `edit` is the pruned model: of the graph of `dense`, which gives the targets; the ridge pulls
+    towards the weights that it has now. Layers whose weights other nodes read as well are masked
+    only. Runs both models once on all feeds, in memory that does not grow with their number.
+    """
+    original = Editor(dense)
+    targets = {layer.root: layer for layer in linear_layers(original) if layer.is_own}
+    layers = linear_layers(edit)
+    for layer in layers:
+        if not layer.is_own and layer.root in masks:
+            mask_layer(edit, layer, masks[layer.root])
+    layers = [layer for layer in layers if layer.root in targets and layer.is_own]
+    found = Fitted()
+    options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
+    options["memory"] = settings.memory
+    ends = [targets[layer.root].result for layer in layers]
+    with (
+        Relay(dense, feeds(), ends, **options) as whole,
+        Relay(edit.model, feeds(), [layer.source for layer in layers], **options) as pruned,
+    ):
+        for number, layer in enumerate(layers):
+            if progress is not None:
+                progress(number / len(layers))
+            target = targets[layer.root]
+            seen = _observed(layer, target, pruned, whole)
+            mask = masks.get(layer.root, np.ones(layer.shape, np.bool_))
+            task = _Task(layer, target, mask, _bias(original, target), seen)
+            fits = task.fitted(settings.recovery, settings.ridge)
+            found.layers.append(task.account(fits, settings))
+            _store(edit, layer, fits, _constant(original, target))
+            if score is not None and seen:
+                found.scores[layer.root] = task.scored(fits, score)
+    return found
+
+
+def mask_layer(edit: Editor, layer: Layer, mask: Array) -> None:
+    """Set the weights of a layer to zero where the mask [M, K] is False."""
+    _set(edit, layer.weights, layer.stored(np.where(mask, layer.matrix(), np.float32(0))))
+
+
+def _observed(layer: Layer, target: Layer, pruned: Relay, whole: Relay) -> list[Regression]:
+    observer = layer.observer("regression")
+    seen = Statistics([observer])
+    for x, y in paired(pruned, layer.source, whole, target.result):
+        if x.size and y.size:
+            seen.regress(observer, x, y)
+    return seen.regressions(observer) if observer in seen else []
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One layer to be fitted: `bias` [M] is what the dense one adds by itself.
+
+    `seen` holds one regression for each group of a convolution; none where nothing was read.
+    """
+
+    layer: Layer
+    target: Layer
+    mask: Array
+    bias: Array
+    seen: Sequence[Regression]
+
+    def fitted(self, recovery: Recovery, ridge: float) -> list[Fit]:
+        """New weights and biases of each group."""
+        start, has_bias = np.asarray(self.layer.matrix(), np.float64), self.layer.bias is not None
+        fits = []
+        for number, part in enumerate(self.layer.parts()):
+            plain = Fit(np.where(self.mask[part], start[part], 0), self.bias[part])
+            seen = self.seen[number] if self.seen else None
+            if recovery == "none" or seen is None or not seen.count:
+                fits.append(plain)
+            elif recovery == "moments":
+                plain = plain if has_bias else plain._replace(bias=None)
+                fits.append(refit.match_moments(seen.matrix, seen.cross, seen.energy, plain))
+            else:
+                mask, first = self.mask[part], start[part]
+                matrix, cross = seen.matrix, seen.cross
+                fits.append(
+                    refit.masked_least_squares(
+                        matrix, cross, mask, first, ridge=ridge, has_bias=has_bias
+                    )
+                )
+        return fits
+
+    def account(self, fits: Sequence[Fit], settings: Settings) -> LayerFit:
+        """The errors before and after."""
+        whole = np.asarray(self.target.matrix(), np.float64)
+        before = after = signal = added = 0.0
+        for part, seen, fit in zip(self.layer.parts(), self.seen, fits, strict=False):
+            plain = Fit(np.where(self.mask[part], whole[part], 0), self.bias[part])
+            sums, count = (seen.matrix, seen.cross, seen.energy), max(1, seen.count)
+            before += float(refit.squared_error(*sums, plain).sum()) / count
+            after += float(refit.squared_error(*sums, fit).sum()) / count
+            signal += float(seen.variance.sum())
+            added += float(np.mean(np.diag(seen.matrix)[:-1])) / count / len(fits)
+        return LayerFit(
+            self.layer.root,
+            self.layer.node.op,
+            int(np.count_nonzero(self.mask)),
+            self.mask.size,
+            before / max(signal, _LEAST_SIGNAL),
+            after / max(signal, _LEAST_SIGNAL),
+            settings.ridge * added if settings.recovery == "lsq" else 0.0,
+        )
+
+    def scored(self, fits: Sequence[Fit], score: Score) -> Array:
+        """Scores of the new weights, [M, K]."""
+        parts = zip(fits, self.seen, strict=True)
+        return np.concatenate([score(fit.weights, seen.matrix[:-1, :-1]) for fit, seen in parts])
+
+
+def _bias(edit: Editor, layer: Layer) -> Array:
+    """What the layer itself adds: float64 [M], zeros where its bias is apart or missing."""
+    if layer.bias is None or layer.bias.is_apart:
+        return np.zeros(layer.shape[0])
+    return np.broadcast_to(_constant(edit, layer), layer.shape[:1])
+
+
+def _constant(edit: Editor, layer: Layer) -> Array:
+    """The layer's bias as it is stored, float64; a zero where there is none."""
+    value = None if layer.bias is None else layer.bias.value
+    weight = constant_of(value, edit.model.store)
+    return np.zeros(1) if weight is None else np.asarray(weight.values, np.float64)
+
+
+def _store(edit: Editor, layer: Layer, fits: Sequence[Fit], dense_bias: Array) -> None:
+    """Put new numbers in the place of a layer's; the bias that is apart grows by the new one."""
+    weights = np.concatenate([fit.weights for fit in fits])
+    _set(edit, layer.weights, layer.stored(weights.astype(np.float32)))
+    if layer.bias is None or any(fit.bias is None for fit in fits):
+        return
+    bias = np.concatenate([fit.bias for fit in fits if fit.bias is not None])
+    if layer.bias.is_apart:
+        bias = bias + dense_bias
+    if layer.bias.value is not None:
+        _set(edit, layer.bias.value, bias.astype(np.float32))
+    elif bias.any():
+        _add_bias(edit, layer, bias.astype(np.float32))
+
+
+def _set(edit: Editor, value: Value, array: Array) -> None:
+    tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), value.name)
+    edit.set_weight(value, tensor)
+
+
+def _add_bias(edit: Editor, layer: Layer, bias: Array) -> None:
+    """A bias for a layer that has none."""
+    name = edit.unique(f"{layer.root}/bias")
+    tensor = onnx.numpy_helper.from_array(bias, name)
+    value = edit.add_constant(layer.node.graph, name, tensor, -1.0)
+    if len(layer.node.inputs) > 2:
+        edit.set_input(layer.node, 2, value)
+    else:
+        edit.append_input(layer.node, value)
