@@ -138,7 +138,7 @@ def sparsified(weight: Weight, store: Store, least: float = 0.0) -> onnx.SparseT
 
 def _values(array: NDArray[Any], store: Store) -> onnx.TensorProto:
     """Not as raw data where that takes the same room: onnx-graphsurgeon would not look there."""
-    if array.dtype in (np.float32, np.float64) and not np.isnan(array).any():
+    if array.dtype in (np.float32, np.float64):
         return store.listed(array)
     return store.kept(onnx.numpy_helper.from_array(array))
 
