@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from graphopt.census import census
-from graphopt.data import given_feeds
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
-from graphopt.judging import Budget, Judge
 from graphopt.passes.quantize import noise
 from graphopt.passes.quantize.blocks import Block, blocks
 from graphopt.passes.quantize.candidates import CONVERSIONS, Candidates, names_of
@@ -30,35 +28,24 @@ from graphopt.passes.quantize.recipe import (
     half_regions,
     table_regions,
 )
-from graphopt.proposals import first_feed
-from graphopt.runtime import Feed, Session
-from graphopt.search import Search, Trial, Winner, fastest, race
+from graphopt.search import Trial, Winner
+from graphopt.selection import Asked, Selection, Tell
 from graphopt.statistics import Statistics, sweep
 from graphopt.targets import has_vnni
-from graphopt.timing import Ratio
 
 Mode = Literal["auto", "static", "dynamic", "weights"]
 MODES: Final[tuple[Mode, ...]] = ("auto", "static", "dynamic", "weights")
 _NOISE_FEEDS: Final = 8  # feeds on which noise is followed through the model
 _WORTH: Final = 1.03  # what a candidate must be faster by to be worth repairing
 _LEAST_GAIN: Final = 1e-3  # ms; below, a block gains nothing that could be measured
-_SECONDS: Final = 5.0  # of each measurement of whole models
 _PATIENCE: Final = 12.0  # seconds for what blocks do alone, where it serves a repair
 
-Tell = Callable[[str, float | None], None]
 
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Request(Asked):
+    """What the user asked for of int8."""
 
     mode: Mode = "auto"
-    data: str | None = None
-    budget: Budget = field(default_factory=Budget)
-    threads: int = 0
-    seed: int = 0
-    custom_ops: tuple[Path, ...] = ()
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,18 +88,14 @@ class Compression:
     def __init__(
         self, original: Path, lossless: Path, request: Request, folder: Path, tell: Tell
     ) -> None:
-        self._original = original
         self._lossless = lossless
         self._request = request
         self._folder = folder
         self._tell = tell
-        self._feed: Feed | None = None
         self._feeds = 0
-        self._speeds: dict[str, Ratio] = {}  # time(lossless) / time(candidate), by name
         self._candidates = Candidates(lossless, 8 if has_vnni() else 7)
-        self._judge = Judge(original, self.feeds, request.budget, request.custom_ops)
-        self._search: Search[Recipe] = Search(
-            self._write, self._judge, lambda what: tell(f"trying {what}", None)
+        self._selection: Selection[Recipe] = Selection(
+            original, lossless, request, tell, self._write
         )
 
     def run(self) -> Outcome:
@@ -120,7 +103,7 @@ class Compression:
         mode = self._request.mode
         if self._request.data is None and mode == "static":
             raise UsageError("static int8 has to be calibrated: --data with some inputs")
-        with self._judge:
+        with self._selection.judge:
             if mode in ("auto", "static") and self._request.data is not None:
                 self._repair(self._static())
             if mode in ("auto", "dynamic"):
@@ -128,27 +111,6 @@ class Compression:
             if mode == "weights":
                 self._weights()
             return self._best()
-
-    def feeds(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The feeds, anew: given ones, or one that is proposed."""
-        request = self._request
-        if request.data is None:
-            yield dict(self._proposed())
-            return
-        with Session(self._original, custom_ops=request.custom_ops) as session:
-            yield from given_feeds(request.data, session, limit)
-
-    def _proposed(self) -> Feed:
-        if self._feed is None:
-            request = self._request
-            self._feed = first_feed(
-                self._original,
-                data=request.data,
-                shapes={},
-                seed=request.seed,
-                custom_ops=list(request.custom_ops),
-            )
-        return self._feed
 
     def _write(self, recipe: Recipe, number: int) -> Path:
         target = self._folder / f"candidate-{number}.onnx"
@@ -169,15 +131,15 @@ class Compression:
             if candidates.computes(recipe) and recipe.options not in seen:
                 seen.append(recipe.options)
                 name = f"cheapest division, conversions x {factor:g}"
-                tried.append(self._search.try_out(name, recipe))
+                tried.append(self._selection.try_out(name, recipe))
         if len(tried) > 1:
             # Costs as they are within a division: layouts around a unit are others than before.
             candidates.refine(
-                tried[1].file, tried[1].recipe, self._proposed(), self._request.threads
+                tried[1].file, tried[1].recipe, self._selection.proposed(), self._request.threads
             )
             recipe = candidates.cut()
             if candidates.computes(recipe) and recipe.options not in seen:
-                tried.append(self._search.try_out("cheapest division, costs within it", recipe))
+                tried.append(self._selection.try_out("cheapest division, costs within it", recipe))
         return tried
 
     def _profiled(self) -> Trial[Recipe] | None:
@@ -186,9 +148,9 @@ class Compression:
         candidates.calibrate(self._calibrated())
         if not candidates.can_be_static:
             return None
-        everything = self._search.try_out("all on integers", candidates.everything())
+        everything = self._selection.try_out("all on integers", candidates.everything())
         self._tell("profiling", None)
-        candidates.profile(everything.file, self._proposed(), threads)
+        candidates.profile(everything.file, self._selection.proposed(), threads)
         return everything
 
     def _repaired(self, trial: Trial[Recipe]) -> None:
@@ -205,16 +167,16 @@ class Compression:
         def without(recipe: Recipe, given_up: frozenset[str]) -> Recipe:
             return self._candidates.only(chosen.difference(*(of[root] for root in given_up)))
 
-        self._search.repair(trial, [each.root for each in worst], without)
+        self._selection.repair(trial, [each.root for each in worst], without)
 
     def _corrected(self, trial: Trial[Recipe]) -> Trial[Recipe]:
         """The candidate with its biases corrected, where that brings it closer to the original."""
         self._tell("correcting biases", None)
-        feeds = itertools.islice(self.feeds(), _NOISE_FEEDS)
+        feeds = itertools.islice(self._selection.feeds(), _NOISE_FEEDS)
         recipe = self._candidates.corrected(trial.recipe, feeds, self._request.threads)
         if not recipe.corrections:
             return trial
-        corrected = self._search.try_out(f"{trial.name}, biases corrected", recipe)
+        corrected = self._selection.try_out(f"{trial.name}, biases corrected", recipe)
         if corrected.verdict.drop < trial.verdict.drop:
             return corrected
         self._candidates.forget_corrections()
@@ -246,13 +208,13 @@ class Compression:
         """The noise of the outputs with one block on integers."""
         target = self._folder / "alone.onnx"
         recipe.without(frozenset(recipe.options) - block.roots).write(self._lossless, target)
-        return self._judge.noise(target, _NOISE_FEEDS)
+        return self._selection.judge.noise(target, _NOISE_FEEDS)
 
     def sensitivity(self) -> list[Sensitivity]:
         """Of every block that can be static. Raises UsageError where there is no data."""
         if self._request.data is None:
             raise UsageError("sensitivity has to be measured on data: --data with some inputs")
-        with self._judge:
+        with self._selection.judge:
             everything = self._profiled()
             if everything is None:
                 return []
@@ -267,7 +229,7 @@ class Compression:
 
         return sweep(
             self._lossless,
-            self.feeds(),
+            self._selection.feeds(),
             self._candidates.observers,
             threads=self._request.threads,
             custom_ops=self._request.custom_ops,
@@ -276,7 +238,7 @@ class Compression:
 
     def _followed(self, trial: Trial[Recipe]) -> Noise:
         self._tell("following noise", None)
-        feeds = itertools.islice(self.feeds(), _NOISE_FEEDS)
+        feeds = itertools.islice(self._selection.feeds(), _NOISE_FEEDS)
         names = names_of(self._candidates.units)
         return noise.measure(self._lossless, trial.file, names, feeds, self._request.threads)
 
@@ -285,55 +247,35 @@ class Compression:
 
         Following what each block does takes longer than all else: it is done for one candidate.
         """
-        self._raced(tried)
+        self._selection.race(tried)
         good = [trial for trial in tried if trial.verdict.good]
-        best = max((self._speed(trial) for trial in good), default=1.0)
-        bad = [t for t in tried if not t.verdict.good and self._speed(t) > _WORTH * best]
+        best = max((self._selection.speed(trial) for trial in good), default=1.0)
+        bad = [t for t in tried if not t.verdict.good and self._selection.speed(t) > _WORTH * best]
         if bad:
             self._tell("looking for what it must give up", None)
-            self._repaired(max(bad, key=self._speed))
-
-    def _raced(self, trials: list[Trial[Recipe]]) -> None:
-        """Know how fast these are."""
-        new = [trial for trial in trials if trial.name not in self._speeds]
-        if new:
-            timing = self._timing("timing")
-            self._speeds |= race(new, self._lossless, self._proposed(), **timing)
-
-    def _speed(self, trial: Trial[Recipe]) -> float:
-        return self._speeds[trial.name].median
-
-    def _timing(self, what: str) -> dict[str, Any]:
-        request = self._request
-        self._tell(what, 0.0)
-        return {
-            "threads": request.threads,
-            "seconds": _SECONDS,
-            "custom_ops": request.custom_ops,
-            "progress": lambda share: self._tell(what, share),
-        }
+            self._repaired(max(bad, key=self._selection.speed))
 
     def _dynamic(self) -> None:
         """Dynamic products alone, and beside the static units of the fastest that is good."""
         candidates = self._candidates
         if not candidates.products:
             return
-        good = [trial for trial in self._search.trials if trial.verdict.good]
-        self._search.try_out("dynamic", candidates.dynamic())
+        good = [trial for trial in self._selection.trials if trial.verdict.good]
+        self._selection.try_out("dynamic", candidates.dynamic())
         if good:
-            self._raced(good)
-            fast = max(good, key=self._speed)
+            self._selection.race(good)
+            fast = max(good, key=self._selection.speed)
             mixed = candidates.with_dynamic(fast.recipe)
             if mixed.options != fast.recipe.options:
-                self._search.try_out(f"{fast.name}, and dynamic", mixed)
+                self._selection.try_out(f"{fast.name}, and dynamic", mixed)
 
     def _weights(self) -> None:
         """Weights of 8 and 4 bits where products are, of 16 and in tables elsewhere."""
         for bits in WEIGHTS:
             recipe = self._candidates.weights_only(bits)
-            file = self._write(recipe, len(self._search.trials))
+            file = self._write(recipe, len(self._selection.trials))
             name = f"weights of {bits} bits"
-            self._search.try_out(name, self._stored(recipe, file))
+            self._selection.try_out(name, self._stored(recipe, file))
 
     def _stored(self, recipe: Recipe, file: Path) -> Recipe:
         """The recipe of a file, with what is floating-point in it stored in fewer bits."""
@@ -349,18 +291,18 @@ class Compression:
         recipe = self._stored(trial.recipe, trial.file)
         if recipe.options == trial.recipe.options:
             return winner
-        stored = self._search.try_out(f"{trial.name}, stored in fewer bits", recipe)
+        stored = self._selection.try_out(f"{trial.name}, stored in fewer bits", recipe)
         if not stored.verdict.good:
             return winner
-        self._speeds[stored.name] = self._speeds[trial.name]  # they are timed together now
-        again = self._timed([trial, stored])
+        self._selection.as_fast(stored, trial)  # they are timed together now
+        again = self._selection.fastest([trial, stored])
         ratio, before = (again.against_lossless[t.name] for t in (stored, trial))
         return replace(again, trial=stored if ratio.high >= before.median else trial)
 
     # -- the choice --------------------------------------------------------------------------------
 
     def _best(self) -> Outcome:
-        winner = self._timed(self._good())
+        winner = self._selection.fastest(self._selection.good)
         if winner.trial is not None:
             winner = self._fused(winner)
         if winner.pays and self._request.mode != "weights":
@@ -373,21 +315,7 @@ class Compression:
         if winner.trial is not None and winner.trial.recipe.taking(STATIC):
             found = self._followed(winner.trial)
         return Outcome(
-            recipe, reason, self._search.trials, winner, self._candidates, found, self._feeds
-        )
-
-    def _good(self) -> list[Trial[Recipe]]:
-        return [trial for trial in self._search.trials if trial.verdict.good]
-
-    def _timed(self, good: list[Trial[Recipe]]) -> Winner[Recipe]:
-        self._raced(good)
-        return fastest(
-            good,
-            self._speeds,
-            self._original,
-            self._lossless,
-            self._proposed(),
-            **self._timing("timing the fastest"),
+            recipe, reason, self._selection.trials, winner, self._candidates, found, self._feeds
         )
 
     def _fused(self, winner: Winner[Recipe]) -> Winner[Recipe]:
@@ -402,9 +330,11 @@ class Compression:
             less = f"{trial.name}, less {len(lost)} that do not fuse"
             rest = trial.recipe.without(lost)
             is_int8 = self._candidates.computes(rest) or rest.taking(DYNAMIC)
-            if is_int8 and less not in self._speeds:
-                self._search.try_out(less, rest)
-            winner = self._timed([each for each in self._good() if each.name not in out])
+            if is_int8 and not self._selection.is_timed(less):
+                self._selection.try_out(less, rest)
+            winner = self._selection.fastest(
+                [each for each in self._selection.good if each.name not in out]
+            )
         return winner
 
     def _unfused(self, trial: Trial[Recipe]) -> frozenset[str]:
@@ -420,7 +350,7 @@ class Compression:
 
     def _reason(self, winner: Winner[Recipe]) -> str:
         """Why nothing is kept, "" where something is."""
-        trials = self._search.trials
+        trials = self._selection.trials
         if not trials:
             return "there is nothing in it that can run on integers"
         if winner.trial is None:

@@ -8,6 +8,7 @@ once for each layer.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -80,11 +81,13 @@ class Relay:
         self._threads = threads
         self._custom_ops = custom_ops
         self._shelf = Shelf(memory)
-        needed = _needed(ends)
+        asked = list(ends)
+        needed = _needed(asked)
+        self._asked = Counter(value.name for value in asked)  # how often each will be asked for
         self._left = set(needed)  # nodes that have not run
         self._kept: set[str] = set()  # names of values on the shelf
         self.feeds = 0
-        read = {v.name for node in needed for v in regions.reads(node)} | {v.name for v in ends}
+        read = {v.name for node in needed for v in regions.reads(node)} | set(self._asked)
         for feed in feeds:
             for value in model.graph.inputs:
                 if value.name in feed and value.name in read:
@@ -111,18 +114,20 @@ class Relay:
 
         All feeds have to be read to the end before the next value is asked for.
         """
+        self._asked -= Counter((value.name,))
         if value.name in self._kept:
             for number in range(self.feeds):
                 yield self._shelf[value.name, number]
+            self._tidy((value,))
             return
         piece = list(regions.operands_first([_producer(value)], self._left))
         inside = set(piece)
         read = dict.fromkeys(v for node in piece for v in regions.reads(node))
         inputs = [v for v in read if v.name in self._kept and v.producer not in inside]
         self._left -= inside
-        later = {v for node in self._left for v in regions.reads(node)}
+        later = self._later()
         made = [v for node in piece for v in node.outputs if v is not None]
-        kept = [v for v in made if v in later]
+        kept = [v for v in made if v.name in later]
         names = list(dict.fromkeys([value.name, *(v.name for v in kept)]))
         with self._session(piece, inputs, names) as session:
             for number in range(self.feeds):
@@ -132,8 +137,18 @@ class Relay:
                     self._shelf[v.name, number] = np.asarray(found[v.name])
                 yield np.asarray(found[value.name])
         self._kept |= {v.name for v in kept}
-        for done in [v for v in inputs if v not in later]:
-            self._drop(done.name)
+        self._tidy(inputs)
+
+    def _later(self) -> set[str]:
+        """Names of values that will be needed: read by nodes that have not run, or asked for."""
+        return {v.name for node in self._left for v in regions.reads(node)} | set(self._asked)
+
+    def _tidy(self, values: Iterable[Value]) -> None:
+        """Forget what is needed no more."""
+        later = self._later()
+        for value in values:
+            if value.name in self._kept and value.name not in later:
+                self._drop(value.name)
 
     def _drop(self, name: str) -> None:
         self._kept.discard(name)

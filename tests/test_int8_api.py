@@ -134,7 +134,7 @@ def test_signal_to_noise_counts_as_well(tmp_path: Path) -> None:
         compression = Compression(
             CNN,
             lossless,
-            Request("static", DATA, request),
+            Request(mode="static", data=DATA, budget=request),
             tmp_path,
             lambda what, share: None,
         )

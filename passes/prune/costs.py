@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -15,17 +16,60 @@ from graphopt.operators import MACS
 from graphopt.passes.prune.groups import Group, Units
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """The part of a node's work that one unit of the group is, where it is given and read."""
+@dataclass
+class Parts:
+    """The part of one node's work that a unit of each group is, by the groups' roots."""
 
-    given: float = 0.0
-    read: float = 0.0
+    given: dict[str, float] = field(default_factory=dict)
+    read: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def total(self) -> float:
-        """Of all, what lies in the one part or the other."""
-        return self.given + self.read - self.given * self.read
+    def left(self, taken: Mapping[str, int]) -> float:
+        """What is left of the work once so many units of the groups are gone."""
+        sides = (self.given, self.read)
+        shares = (1 - sum(n * side.get(root, 0.0) for root, n in taken.items()) for side in sides)
+        return math.prod(max(share, 0.0) for share in shares)
+
+
+class Work:
+    """What every node does, and how much of it goes with units: of MACs, or of measured time.
+
+    `shapes` are those of values by name. A value without a shape counts nothing; a recurrent
+    operator counts what it gives.
+    """
+
+    def __init__(
+        self, edit: Editor, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._parts: dict[Node, Parts] = {}
+        for group in groups:
+            self._add(group)
+        products = (n for n in edit.model.graph.nodes if (n.domain, n.op) in MACS)
+        self._macs = {node: _macs(edit, node, shapes) for node in products}
+        self.total = sum(self._macs.values())
+
+    def _add(self, group: Group) -> None:
+        for place, units in group.parts.places:
+            if place.axis >= 0:
+                given = self._parts.setdefault(place.node, Parts()).given
+                part = _part(units, group.units)
+                given[group.root] = max(given.get(group.root, 0.0), part)
+        for slot in group.readers:
+            node = slot.product
+            if node is not None and slot.read not in node.outputs:
+                read = self._parts.setdefault(node, Parts()).read
+                read[group.root] = _part(slot.units, group.units)
+
+    def macs(self, taken: Mapping[str, int]) -> float:
+        """MACs once so many units are gone, by the groups' roots."""
+        return self._left(self._macs, taken)
+
+    def cost(self, taken: Mapping[str, int], ms: Mapping[Node, float] | None) -> float:
+        """Milliseconds then, if each node takes `ms` now and time goes with work; MACs without."""
+        return self._left(self._macs if ms is None else ms, taken)
+
+    def _left(self, of: Mapping[Node, float], taken: Mapping[str, int]) -> float:
+        none = Parts()
+        return sum(cost * self._parts.get(node, none).left(taken) for node, cost in of.items())
 
 
 def costs(edit: Editor, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> float:
@@ -34,18 +78,8 @@ def costs(edit: Editor, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> 
     Of every product that gives, passes or reads it; of a recurrent operator what it gives. Values
     without a shape count nothing.
     """
-    shares: dict[Node, _Share] = {}
-    for place, units in group.parts.places:
-        if place.axis >= 0 and (place.node.domain, place.node.op) in MACS:
-            share = shares.get(place.node, _Share())
-            given = max(share.given, _part(units, group.units))
-            shares[place.node] = _Share(given, share.read)
-    for slot in group.readers:
-        node = slot.product
-        if node is not None and slot.read not in node.outputs:
-            share = shares.get(node, _Share())
-            shares[node] = _Share(share.given, _part(slot.units, group.units))
-    return sum(_macs(edit, node, shapes) * share.total for node, share in shares.items())
+    work = Work(edit, [group], shapes)
+    return work.total - work.macs({group.root: 1})
 
 
 def _part(units: Units, count: int) -> float:

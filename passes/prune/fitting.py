@@ -6,7 +6,7 @@ one: each layer makes up for what was lost before it as well as for its own weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -71,6 +71,7 @@ class Fitted:
 
     layers: list[LayerFit] = field(default_factory=list)
     scores: dict[str, Array] = field(default_factory=dict)
+    feeds: int = 0
 
 
 def fit(
@@ -80,10 +81,13 @@ def fit(
     feeds: Callable[[], Iterable[Feed]],
     settings: Settings,
     *,
+    only: Collection[str] | None = None,
     score: Score | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Fitted:
     """Mask the weights of layers, by root, and fit these and all others in their order.
+
+    With `only` others than those stay as they are.
 
     `edit` is the pruned model: of the graph of `dense`, which gives the targets; the ridge pulls
     towards the weights that it has now. Layers whose weights other nodes read as well are masked
@@ -96,6 +100,8 @@ def fit(
         if not layer.is_own and layer.root in masks:
             mask_layer(edit, layer, masks[layer.root])
     layers = [layer for layer in layers if layer.root in targets and layer.is_own]
+    if only is not None:
+        layers = [layer for layer in layers if layer.root in only]
     found = Fitted()
     options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
     options["memory"] = settings.memory
@@ -104,6 +110,7 @@ def fit(
         Relay(dense, feeds(), ends, **options) as whole,
         Relay(edit.model, feeds(), [layer.source for layer in layers], **options) as pruned,
     ):
+        found.feeds = pruned.feeds
         for number, layer in enumerate(layers):
             if progress is not None:
                 progress(number / len(layers))
@@ -221,7 +228,7 @@ def _store(edit: Editor, layer: Layer, fits: Sequence[Fit], dense_bias: Array) -
     if layer.bias.value is not None:
         _set(edit, layer.bias.value, bias.astype(np.float32))
     elif bias.any():
-        _add_bias(edit, layer, bias.astype(np.float32))
+        add_bias(edit, layer, bias.astype(np.float32))
 
 
 def _set(edit: Editor, value: Value, array: Array) -> None:
@@ -229,8 +236,8 @@ def _set(edit: Editor, value: Value, array: Array) -> None:
     edit.set_weight(value, tensor)
 
 
-def _add_bias(edit: Editor, layer: Layer, bias: Array) -> None:
-    """A bias for a layer that has none."""
+def add_bias(edit: Editor, layer: Layer, bias: Array) -> None:
+    """Give a convolution or Gemm without a bias one, float32 [M]."""
     name = edit.unique(f"{layer.root}/bias")
     tensor = onnx.numpy_helper.from_array(bias, name)
     value = edit.add_constant(layer.node.graph, name, tensor, -1.0)

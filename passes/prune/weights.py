@@ -104,6 +104,7 @@ class Pruned:
     layers: list[LayerFit]
     kept: int
     total: int
+    feeds: int = 0
 
 
 def prune_weights(
@@ -131,6 +132,7 @@ def prune_weights(
         plain = replace(settings, recovery="none")
         scores = fit(dense, edit, {}, feeds, plain, score=score, progress=progress).scores
     layers: list[LayerFit] = []
+    seen = 0
     for number, each in enumerate(rounds):
         chosen = candidates.masks(each, scores)
         candidates.mask_others(chosen)
@@ -143,12 +145,12 @@ def prune_weights(
                 progress((number + done) / len(rounds))
 
         found = fit(dense, edit, chosen, feeds, settings, score=score, progress=share)
-        layers, scores = found.layers, found.scores
+        layers, scores, seen = found.layers, found.scores, found.feeds
         candidates = _Candidates(edit)
     kept = sum(int(np.count_nonzero(mask)) for mask in chosen.values())
     total = sum(mask.size for mask in chosen.values())
     edit.record(RULE, next(iter(chosen), ""), f"{total} weights", f"{kept} weights")
-    return Pruned(layers, kept, total)
+    return Pruned(layers, kept, total, seen)
 
 
 def _rounds(how: Sparsity) -> list[Sparsity]:
