@@ -1,13 +1,13 @@
 """Coupled groups of every model, and whether one unit of each can go.
 
-    python benchmarks/prune_groups.py [--models NAME ...] [--level N ...]
+    python benchmarks/prune_groups.py [--models NAME ...] [--level N ...] [--share S]
 
-Of each model, as it is (level 0) and optimised, the groups are found and one unit of every group
-is removed. The rest has to run, give outputs of the same shapes, and be equal to the model in
-which the readers' weights of these units are zero: within 1e-5 of the largest output, or four
-times what the runtime's own optimisations change. A feed on which these change more than a percent
-shows nothing; `effect` is how far the units' weights move the outputs, which tells that it would
-show.
+Of each model, as it is (level 0) and optimised, the groups are found and one unit of every group,
+or a share of them, is removed. The rest has to run, give outputs of the same shapes, and be equal
+to the model in which the readers' weights of these units are zero: within 1e-5 of the largest
+output, or four times what the runtime's own optimisations change. A feed on which these change
+more than a percent shows nothing; `effect` is how far the units' weights move the outputs, which
+tells that it would show.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Row:
     level: int
     groups: int
     units: int
-    removed: int
+    removed: int  # groups that were cut
     error: float  # largest differences of an output, by its largest magnitude
     noise: float
     effect: float
@@ -85,10 +85,14 @@ def loaded(path: Path, level: int) -> Model:
     return model
 
 
-def one_of_each(groups: Sequence[Group], seed: int) -> list[int]:
-    """A unit of every group."""
+def some_of_each(groups: Sequence[Group], share: float, seed: int) -> list[list[int]]:
+    """That share of the units of every group, but one at least and never all."""
     random = np.random.default_rng(seed)
-    return [int(random.integers(group.units)) for group in groups]
+    counts = [min(max(1, int(share * group.units)), group.units - 1) for group in groups]
+    return [
+        random.choice(group.units, count, replace=False).tolist()
+        for group, count in zip(groups, counts, strict=True)
+    ]
 
 
 class Feeds:
@@ -144,19 +148,19 @@ def allowed(noise: float) -> float:
     return max(TOLERANCE, 4 * noise)
 
 
-def measure(name: str, path: Path, level: int, feeds: Feeds, seed: int = 0) -> Row:
-    """Find groups, take one unit of each, compare with the model that does not read it."""
+def measure(name: str, path: Path, level: int, feeds: Feeds, share: float = 0.0) -> Row:
+    """Find groups, take units of each, compare with the model that does not read them."""
     silenced = Editor(loaded(path, level))
     groups = groups_of(silenced)
-    for group, unit in zip(groups, one_of_each(groups, seed), strict=True):
-        silence(silenced, group, [unit])
+    for group, units in zip(groups, some_of_each(groups, share, 0), strict=True):
+        silence(silenced, group, units)
     edit = Editor(loaded(path, level))
     interface = verify.Interface.of(edit.model)
     started = time.perf_counter()
     groups = groups_of(edit)
     middle = time.perf_counter()
-    units = one_of_each(groups, seed)
-    removed = sum(remove(edit, g, [unit]) for g, unit in zip(groups, units, strict=True))
+    chosen = some_of_each(groups, share, 0)
+    removed = sum(remove(edit, group, units) for group, units in zip(groups, chosen, strict=True))
     seconds = middle - started, time.perf_counter() - middle
     edit.settle()
     errors: Errors = (0.0, 0.0, 0.0)
@@ -176,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--level", type=int, nargs="*", default=[0, 2])
+    parser.add_argument("--share", type=float, default=0.0)
     arguments = parser.parse_args()
     every = [*fetch.names(), *digits.FLOORS, *fetch.architectures()]
     table, failed = Table(box=None), 0
@@ -185,7 +190,7 @@ def main() -> int:
         path = path_of(name)
         feeds = Feeds(path)
         for level in arguments.level:
-            row = measure(name, path, level, feeds)
+            row = measure(name, path, level, feeds, arguments.share)
             print(*row.cells, sep="\t", file=sys.stderr, flush=True)
             table.add_row(*row.cells)
             failed += bool(row.problem)

@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from graphopt.edit import Editor
 from graphopt.ir import Node, Value
+from graphopt.operators import MACS
 from graphopt.passes.prune.labels import Fix, Labels, Reading
 from graphopt.passes.prune.walk import Place, Stored, Walk
 
@@ -75,7 +76,7 @@ class Group:
     axes: Mapping[Value, tuple[int, Units]]
     givers: list[Slot]
     readers: list[Slot]
-    sharers: tuple[Node, ...]  # that bring several of its tensors together
+    sharers: tuple[Node, ...]  # that bring several of its values together, or pass them on
     parts: Parts
 
     def text(self, count: int) -> str:
@@ -135,13 +136,18 @@ class _Numbering:
                 both = self._units(fix.labels), self._units(fix.watched)
                 parts[at].fixes.append((fix, *both))
         readings: dict[int, list[Reading]] = {}
-        for reading in walk.coupling.readings:
-            readings.setdefault(self._at(reading.labels), []).append(reading)
+        reading: set[tuple[Node, int]] = set()
+        for found in walk.coupling.readings:
+            at = self._at(found.labels)
+            readings.setdefault(at, []).append(found)
+            reading.add((found.product, at))
         sharers: dict[int, list[Node]] = {}
         for node, arrays in walk.joined.items():
-            found = [self._at(labels) for labels in arrays]
-            for at in {at for at in found if at >= 0 and found.count(at) > 1}:
-                sharers.setdefault(at, []).append(node)
+            brought = [self._at(labels) for labels in arrays]
+            for at in dict.fromkeys(brought):
+                brings = brought.count(at) > 1 or (node.domain, node.op) in MACS
+                if at >= 0 and brings and (node, at) not in reading:
+                    sharers.setdefault(at, []).append(node)
         for at, part in parts.items():
             if self._counts[at] > 1:
                 yield self._made(at, part, readings.get(at, []), sharers.get(at, []))

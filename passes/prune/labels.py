@@ -123,6 +123,7 @@ class Coupling:
     readings: list[Reading] = field(default_factory=list)
     fixes: list[Fix] = field(default_factory=list)
     count: int = 0
+    _repeats: set[int] = field(default_factory=set)
     _given: list[Labels] = field(default_factory=list)
     _barred: list[Labels] = field(default_factory=list)
     _united: list[tuple[Labels, Labels]] = field(default_factory=list)
@@ -131,6 +132,16 @@ class Coupling:
         """Labels that nothing else has."""
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
+
+    def repeated(self, size: int) -> Labels:
+        """Labels of what is the same for every index, and can come less often."""
+        labels = self.fresh(size)
+        self._repeats.update(labels.tolist())
+        return labels
+
+    def is_repeated(self, labels: Labels) -> bool:
+        """True for labels of something that was only repeated."""
+        return int(labels[0]) in self._repeats
 
     def fixed(self, size: int) -> Labels:
         """Labels of indices that have to stay."""

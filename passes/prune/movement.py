@@ -138,11 +138,14 @@ def _stretch(call: Call, axis: Axis, start: int, end: int, step: int, index: int
     size = len(range(first, last, step))
     if axis.labels is None or (size == axis.size and step == 1):
         return Axis(size) if axis.labels is None else _full(call, axis, start, end, index)
-    if step != 1 or size < 2:
+    if step != 1:
         call.bar(axis)
         return Axis(size)
     _state_bounds(call, axis.labels, first, last, index)
-    return Axis(size, axis.labels[first:last])
+    kept = axis.labels[first:last]
+    if size < 2:
+        call.bar(kept)
+    return Axis(size, kept if size > 1 else None)
 
 
 def _full(call: Call, axis: Axis, start: int, end: int, index: int) -> Axis:

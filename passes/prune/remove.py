@@ -184,11 +184,8 @@ def _own_concat(edit: Editor, node: Node, slot: int) -> Node:
 
 def _rename(edit: Editor, group: Group, gone: Units) -> None:
     """Other names for values that now mean something else."""
-    changed = {
-        (place.node, place.slot)
-        for place, units in group.parts.places
-        if np.isin(units, gone).any()
-    }
+    moved = (place for place, units in group.parts.places if np.isin(units, gone).any())
+    changed = dict.fromkeys((place.node, place.slot) for place in moved)
     for node, slot in changed:
         value = node.outputs[slot]
         assert value is not None

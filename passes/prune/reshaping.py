@@ -103,9 +103,11 @@ def _state(
             call.bar(axis)
             call.coupling.bar(number)
         return
-    if axis.labels is None or number == -1:
+    if number == 0:  # the size of the axis at that place, whichever its elements go to
+        if not same(axis.labels, before[place].labels):
+            call.bar(axis, before[place])
         return
-    if number == 0 and same(axis.labels, before[place].labels):
+    if axis.labels is None or number == -1:
         return
     if not isinstance(number, int):
         call.bar(axis)
@@ -118,36 +120,50 @@ def _state(
 def _moved(call: Call, before: Sequence[Axis], after: Sequence[Size | None]) -> list[Axis]:
     """Axes of the result, with labels where it is sure which elements they hold."""
     out = [Axis(size) for size in after]
-    blocks, followed = _blocks([axis.size for axis in before], after), set()
+    blocks, followed = _blocks([axis.size for axis in before], after), set[int]()
     for old, new in blocks:
         followed.update(old)
-        labels = [before[axis].labels for axis in old if before[axis].labels is not None]
-        if not labels:
+        kept = _kept_axis(call, before, old)
+        if kept is None:
             continue
-        sizes = [after[axis] for axis in new]
-        found = None
-        if len(labels) == 1 and all(isinstance(before[a].size, int) for a in old):
-            found = _grid(before, old, [size for size in sizes if isinstance(size, int)])
-        if found is None or len(found.shape) != len(new) or not new:
-            call.bar(*(before[axis] for axis in old))
+        found = _grid(before, old, kept, [after[axis] for axis in new])
+        if found is None:
+            call.bar(before[kept])
             continue
-        kept = 0 if len(new) == 1 else _kept(call.node, new, found.shape)
-        rows = np.moveaxis(found, kept, 0).reshape(found.shape[kept], -1)
+        at = 0 if len(new) == 1 else _kept(call.node, new, found)
+        rows = np.moveaxis(found, at, 0).reshape(found.shape[at], -1)
         united = call.coupling.rows(rows)
-        out[new[kept]] = Axis(len(united), united)
+        out[new[at]] = Axis(len(united), united)
     call.bar(*(axis for number, axis in enumerate(before) if number not in followed))
     return out
 
 
-def _grid(before: Sequence[Axis], old: Sequence[int], sizes: Sequence[int]) -> Labels | None:
+def _kept_axis(call: Call, before: Sequence[Axis], old: Sequence[int]) -> int | None:
+    """The one axis of a block that keeps its labels: of two, none, unless one only repeats."""
+    found: list[tuple[int, Labels]] = []
+    for axis in old:
+        labels = before[axis].labels
+        if labels is not None:
+            found.append((axis, labels))
+    if len(found) > 1:
+        found = [(axis, ls) for axis, ls in found if not call.coupling.is_repeated(ls)]
+    kept = found[0][0] if len(found) == 1 else None
+    call.bar(*(before[axis] for axis in old if axis != kept))
+    return kept
+
+
+def _grid(
+    before: Sequence[Axis], old: Sequence[int], kept: int, after: Sequence[Size | None]
+) -> Labels | None:
     """The label of each element of a block, in the shape that it gets."""
     shape = [size for axis in old if isinstance(size := before[axis].size, int)]
+    sizes = [size for size in after if isinstance(size, int)]
+    labels = before[kept].labels
+    if labels is None or not sizes or len(shape) < len(old) or len(sizes) < len(after):
+        return None
     if math.prod(shape) > MOST or math.prod(shape) != math.prod(sizes):
         return None
-    at = next(number for number, axis in enumerate(old) if before[axis].labels is not None)
-    labels = before[old[at]].labels
-    assert labels is not None
-    view = labels.reshape([-1 if number == at else 1 for number in range(len(shape))])
+    view = labels.reshape([-1 if axis == kept else 1 for axis in old])
     return np.broadcast_to(view, shape).reshape(sizes)
 
 
@@ -217,10 +233,17 @@ def _divides(a: Size, b: Size) -> bool:
 # -- which part of a split keeps the labels ----------------------------------------------------
 
 
-def _kept(node: Node, new: Sequence[int], shape: Sequence[int]) -> int:
-    """The first part, unless it is what packs several values into one, or is shuffled."""
-    result = node.outputs[0]
+def _kept(node: Node, new: Sequence[int], grid: Labels) -> int:
+    """The part that alone tells the labels apart, where there is one.
+
+    Else the first, unless it is what packs several values into one, or is shuffled.
+    """
+    result, shape = node.outputs[0], grid.shape
     assert result is not None
+    for part in range(len(new)):
+        rows = np.moveaxis(grid, part, 0).reshape(shape[part], -1)
+        if (rows == rows[:, :1]).all():
+            return part
     choices = [part for part in range(len(new)) if not _packs(result, new[part], shape[part])]
     if not choices:
         return int(np.argmax(shape))

@@ -46,7 +46,7 @@ def _sized(call: Call, axis: Axis, number: Number, place: int, *, slot: int = 1)
     if axis.size == 1:
         if not isinstance(number, int) or number < 2:
             return Axis(number)
-        labels = call.coupling.fresh(number)
+        labels = call.coupling.repeated(number)
         call.fix_input(slot, place, labels, labels)
         return Axis(number, labels)
     if axis.labels is not None and number != 1:
@@ -76,6 +76,8 @@ def resize(call: Call) -> list[Facts] | None:
     if axes is None or call.states("axes") is not None:
         return None
     if call.text("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        return None
+    if call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
         return None
     slot = 2 if call.node.op == "Resize" and call.opset > 10 else 1
     weight = call.constant(slot)

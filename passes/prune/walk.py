@@ -100,7 +100,9 @@ class Walk:
 
     def _visit(self, node: Node) -> None:
         inputs = [self._input(node, slot) for slot in range(len(node.inputs))]
-        handler = None if node.bodies else HANDLERS.get((node.domain, node.op))
+        handler = HANDLERS.get((node.domain, node.op))
+        if node.bodies or (node.domain, node.op, node.overload) in self.edit.model.functions:
+            handler = None
         opset = self.edit.model.opsets.get("", 1)
         call = Call(node, inputs, self.coupling, self.edit, opset, self.facts)
         found = handler(call) if handler is not None else None
@@ -116,7 +118,7 @@ class Walk:
         self.joined[node] = [
             axis.labels
             for facts in inputs
-            if facts is not None
+            if facts is not None and facts.origin is None
             for axis in facts.axes or ()
             if axis.labels is not None
         ]
