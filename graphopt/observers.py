@@ -238,31 +238,38 @@ def new_regressions(
     return [Regression(shape[observer.axis], target[observer.axis])]
 
 
-def regress(observer: Observer, states: Sequence[State], x: Array, y: Array) -> None:
-    """Take rows and their targets into regressions; rows that are not finite are left out."""
+def regress(
+    observer: Observer, states: Sequence[State], x: Array, y: Array, every: int = 1
+) -> None:
+    """Take rows and their targets into regressions; rows that are not finite are left out.
+
+    With `every` only each so-manieth row counts.
+    """
+    found = [state for state in states if isinstance(state, Regression)]
     if observer.patches is None:
         assert observer.axis is not None
         rows, targets = (np.moveaxis(a, observer.axis, -1) for a in (x, y))
-        _regress(
-            states[0], rows.reshape(-1, rows.shape[-1]), targets.reshape(-1, targets.shape[-1])
-        )
+        rows, targets = (a.reshape(1, -1, a.shape[-1])[:, ::every] for a in (rows, targets))
+        _regress(found, rows, targets)
         return
     groups, start = observer.patches.group, 0
     # [N, M, *out] as rows sample by sample, as `Patches.rows` gives those of x
-    wanted = np.moveaxis(y, 1, -1).reshape(-1, groups, y.shape[1] // groups)
+    wanted = np.moveaxis(y, 1, -1).reshape(-1, groups, y.shape[1] // groups).swapaxes(0, 1)
     for rows in observer.patches.rows(x):
-        stop = start + rows.shape[1]
-        for number, state in enumerate(states):
-            _regress(state, rows[number], wanted[start:stop, number])
+        first, stop = -start % every, start + rows.shape[1]
+        _regress(found, rows[:, first::every], wanted[:, start + first : stop : every])
         start = stop
 
 
-def _regress(state: State, rows: Array, targets: Array) -> None:
-    assert isinstance(state, Regression)
-    finite = np.isfinite(rows).all(axis=1) & np.isfinite(targets).all(axis=1)
+def _regress(states: Sequence[Regression], rows: Array, targets: Array) -> None:
+    """Rows [group, n, features] and targets [group, n, outputs]."""
+    finite = np.isfinite(rows).all(axis=(0, 2)) & np.isfinite(targets).all(axis=(0, 2))
     if not finite.all():
-        rows, targets = rows[finite], targets[finite]
-    state.add(rows, targets)
+        rows, targets = rows[:, finite], targets[:, finite]
+    if len(states) == 1:
+        states[0].add(rows[0], targets[0])
+    else:
+        Regression.add_all(states, rows, targets)
 
 
 def observe(observer: Observer, states: Sequence[State], x: Array, *, finite: bool) -> None:

@@ -180,15 +180,14 @@ class Pruning:
         request = self._request
         how = Sparsity(share, request.threshold, request.pattern, request.importance)
         name = _zeros_name(how)
-        edit = Editor(Model.load(dense))
+        whole, edit = Model.load(dense), Editor(Model.load(dense))
 
         def tell(done: float) -> None:
             self._tell(f"pruning weights, {name}", done)
 
-        settings, feeds = self._settings, self._fit_feeds()
-        found = prune_weights(Model.load(dense), edit, how, feeds, settings, tell)
+        found = prune_weights(whole, edit, how, self._fit_feeds(), self._settings, tell)
         self._feeds = found.feeds
-        stage = Stage.between(Editor(Model.load(dense)), edit, {})
+        stage = Stage.between(whole, edit, {})
         name = name if base is None else f"{base.name}, {name}"
         self._layers[name] = found.layers
         self._shares[name] = 1 - found.kept / max(1, found.total)
@@ -239,7 +238,7 @@ class Pruning:
         name = f"{part:.0%} of MACs less"
         if name in self._layers:  # the steps of the groups are coarse: another share, one cut
             return next((t for t in self._selection.trials if t.name == name), None)
-        stage, self._layers[name] = self._fitted(groups, cut, self._fit_feeds(), name)
+        stage, self._layers[name] = self._fitted(edit, groups, cut, self._fit_feeds(), name)
         self._shares[name] = part
         self._groups[name] = [
             GroupCut(
@@ -255,6 +254,7 @@ class Pruning:
 
     def _fitted(
         self,
+        whole: Editor,
         groups: Sequence[Group],
         cut: Mapping[str, tuple[int, ...]],
         feeds: Callable[[], Iterator[Feed]] | None,
@@ -263,11 +263,10 @@ class Pruning:
         readers_only: bool = False,
     ) -> tuple[Stage, list[LayerFit]]:
         """What readers have to learn before the cut, and the account of all layers."""
-        dense, edit = Model.load(self._lossless), Editor(Model.load(self._lossless))
-        before = Editor(Model.load(self._lossless))
         if feeds is None:
             return Stage(cut=cut), []
-        masks = column_masks(edit, groups_of(edit), cut)
+        dense, edit = Model.load(self._lossless), Editor(Model.load(self._lossless))
+        masks = column_masks(whole, groups, cut)
         only = set(masks) if readers_only else None
 
         def tell(done: float) -> None:
@@ -275,7 +274,7 @@ class Pruning:
 
         found = fit(dense, edit, masks, feeds, self._settings, only=only, progress=tell)
         self._feeds = found.feeds if not readers_only else self._feeds
-        return Stage.between(before, edit, cut), found.layers
+        return Stage.between(dense, edit, cut), found.layers
 
     def _profile(self) -> None:
         self._tell("profiling", None)
@@ -326,27 +325,31 @@ class Pruning:
                 continue
             scores = unit_scores(edit, group, self._request.unit_importance, seen)
             order = ranking(scores)
-            found.append(Choice(group, counts, self._harm(groups, group, order), order))
+            found.append(Choice(group, counts, self._harm(edit, groups, group, order), order))
         return found
 
-    def _harm(self, groups: Sequence[Group], group: Group, order: Sequence[int]) -> Harm:
+    def _harm(
+        self, edit: Editor, groups: Sequence[Group], group: Group, order: Sequence[int]
+    ) -> Harm:
         """The noise of the outputs by how many units of a group go, from two measurements."""
         measured = []
         for level in _LEVELS:
             count = min(max(1, round(level * group.units)), group.units - 1)
             cut = {group.root: tuple(sorted(order[:count]))}
-            measured.append((count / group.units, self._noise(groups, cut)))
+            measured.append((count / group.units, self._noise(edit, groups, cut)))
         if measured[0][0] == measured[1][0]:
             measured[0] = (measured[0][0] / 2, measured[0][1] / 4)
         law = power_law(*measured)
         return lambda count: law(count / group.units)
 
-    def _noise(self, groups: Sequence[Group], cut: Mapping[str, tuple[int, ...]]) -> float:
+    def _noise(
+        self, edit: Editor, groups: Sequence[Group], cut: Mapping[str, tuple[int, ...]]
+    ) -> float:
         """Of the outputs with this cut alone, its readers fitted on a few feeds."""
         feeds = self._fit_feeds()
         few = None if feeds is None else (lambda: itertools.islice(feeds(), _HARM_FEEDS))
         target = self._folder / "alone.onnx"
-        stage, _ = self._fitted(groups, cut, few, "one group", readers_only=True)
+        stage, _ = self._fitted(edit, groups, cut, few, "one group", readers_only=True)
         exporter.save(PruneRecipe((stage,)).dense(self._lossless), target)
         try:
             return self._selection.judge.noise(target, _HARM_FEEDS)

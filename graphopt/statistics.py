@@ -174,17 +174,17 @@ class Statistics:
                 self._states[observer] = observers.new_states(observer, x.shape)
             observers.observe(observer, self._states[observer], x, finite=finite == x.size)
 
-    def regress(self, observer: Observer, x: Array, y: Array) -> None:
+    def regress(self, observer: Observer, x: Array, y: Array, every: int = 1) -> None:
         """Take in what a value and its target are on one feed: a "regression" needs both.
 
-        They need not be of one model, which is why `sweep` does not feed these. Raises ValueError
-        for arrays that do not fit.
+        They need not be of one model, which is why `sweep` does not feed these. With `every` only
+        each so-manieth row counts. Raises ValueError for arrays that do not fit.
         """
         if observer not in self._states:
             if reason := observer.misfit(x.shape, x.shape):
                 raise ValueError(reason)
             self._states[observer] = observers.new_regressions(observer, x.shape, y.shape)
-        observers.regress(observer, self._states[observer], x, y)
+        observers.regress(observer, self._states[observer], x, y, every)
 
     def _drop(self, observer: Observer, reason: str) -> None:
         """A feed on which a value has no such channels spoils this observer, and no other."""

@@ -130,13 +130,12 @@ def choose(
 
     while work.macs(taken) > goal:
         best: tuple[float, str, int] | None = None
-        before = work.cost(taken, ms)
         for choice in choices:
             count = next_step(choice)
             if count is None:
                 continue
             root = choice.group.root
-            won = before - work.cost({**taken, root: count}, ms)
+            won = work.saved(taken, root, count, ms)
             lost = choice.harm(count) - choice.harm(taken[root])
             worth = won / max(lost, 1e-12)
             if won > 0 and (best is None or worth > best[0]):

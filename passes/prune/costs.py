@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,9 +24,10 @@ class Parts:
 
     def left(self, taken: Mapping[str, int]) -> float:
         """What is left of the work once so many units of the groups are gone."""
-        sides = (self.given, self.read)
-        shares = (1 - sum(n * side.get(root, 0.0) for root, n in taken.items()) for side in sides)
-        return math.prod(max(share, 0.0) for share in shares)
+        left = 1.0
+        for side in (self.given, self.read):
+            left *= max(1 - sum(taken.get(root, 0) * part for root, part in side.items()), 0.0)
+        return left
 
 
 class Work:
@@ -41,6 +41,7 @@ class Work:
         self, edit: Editor, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         self._parts: dict[Node, Parts] = {}
+        self._of: dict[str, dict[Node, None]] = {group.root: {} for group in groups}
         for group in groups:
             self._add(group)
         products = (n for n in edit.model.graph.nodes if (n.domain, n.op) in MACS)
@@ -53,11 +54,13 @@ class Work:
                 given = self._parts.setdefault(place.node, Parts()).given
                 part = _part(units, group.units)
                 given[group.root] = max(given.get(group.root, 0.0), part)
+                self._of[group.root][place.node] = None
         for slot in group.readers:
             node = slot.product
             if node is not None and slot.read not in node.outputs:
                 read = self._parts.setdefault(node, Parts()).read
                 read[group.root] = _part(slot.units, group.units)
+                self._of[group.root][node] = None
 
     def macs(self, taken: Mapping[str, int]) -> float:
         """MACs once so many units are gone, by the groups' roots."""
@@ -66,6 +69,21 @@ class Work:
     def cost(self, taken: Mapping[str, int], ms: Mapping[Node, float] | None) -> float:
         """Milliseconds then, if each node takes `ms` now and time goes with work; MACs without."""
         return self._left(self._macs if ms is None else ms, taken)
+
+    def saved(
+        self,
+        taken: Mapping[str, int],
+        root: str,
+        count: int,
+        ms: Mapping[Node, float] | None,
+    ) -> float:
+        """What `cost` falls by when so many units of one group are gone, others as they are."""
+        of = self._macs if ms is None else ms
+        after = {**taken, root: count}
+        return sum(
+            of.get(node, 0.0) * (self._parts[node].left(taken) - self._parts[node].left(after))
+            for node in self._of[root]
+        )
 
     def _left(self, of: Mapping[Node, float], taken: Mapping[str, int]) -> float:
         none = Parts()

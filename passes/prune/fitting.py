@@ -30,6 +30,8 @@ Array = NDArray[Any]
 Recovery = Literal["lsq", "moments", "none"]
 RECOVERIES: Final[tuple[Recovery, ...]] = ("lsq", "moments", "none")
 RIDGE: Final = 1e-2  # of the mean square of what a layer reads
+_ROWS: Final = 16384  # of a layer's inputs that are enough for any, and for each feature
+_ROWS_PER_FEATURE: Final = 20
 _LEAST_SIGNAL: Final = 1e-30  # a variance: an output that varies less is constant
 
 Score = Callable[[Array, Array], Array]
@@ -132,11 +134,15 @@ def mask_layer(edit: Editor, layer: Layer, mask: Array) -> None:
 
 
 def _observed(layer: Layer, target: Layer, pruned: Relay, whole: Relay) -> list[Regression]:
+    """The regressions of one layer. Neighbouring rows tell the same: of too many some are enough."""
     observer = layer.observer("regression")
     seen = Statistics([observer])
+    most = max(_ROWS, _ROWS_PER_FEATURE * layer.shape[1])
+    every = 0
     for x, y in paired(pruned, layer.source, whole, target.result):
         if x.size and y.size:
-            seen.regress(observer, x, y)
+            every = every or max(1, y.size // layer.shape[0] * pruned.feeds // most)
+            seen.regress(observer, x, y, every)
     return seen.regressions(observer) if observer in seen else []
 
 

@@ -36,9 +36,9 @@ class Stage:
     cut: Cut = field(default_factory=dict)
 
     @classmethod
-    def between(cls, before: Editor, after: Editor, cut: Cut) -> Stage:
+    def between(cls, before: Model, after: Editor, cut: Cut) -> Stage:
         """What leads from one model to another one of its graph, with other weights and biases."""
-        known = before.model.graph.values
+        known = before.graph.values
         weights, biases = {}, {}
         for value in after.model.graph.initializers:
             weight = value.weight
