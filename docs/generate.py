@@ -26,6 +26,7 @@ COMMANDS = (
     "sensitivity",
     "explain",
     "passes",
+    "densify",
 )
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import onnx
 
@@ -25,8 +25,8 @@ from graphopt.report import Report, ValidationRecord
 if TYPE_CHECKING:
     from graphopt.blame import Fault
     from graphopt.compress import Mode
-    from graphopt.int8 import Int8
-    from graphopt.int8_wanted import Wanted
+    from graphopt.lossy import Kept, Lossy
+    from graphopt.wanted import Wanted
 
 MAX_DROP: Final = 0.01  # of a score or of agreement, unless more is allowed
 
@@ -65,6 +65,13 @@ def optimize(
     keep_overridable: bool = False,
     external: ExternalPolicy = "auto",
     seed: int = 0,
+    sparsity: float | str | None = None,
+    nm: str | None = None,
+    block: str | None = None,
+    threshold: float | None = None,
+    channels: float | str | None = None,
+    importance: str | None = None,
+    recover: str | None = None,
     int8: Mode | None = None,
     max_drop: float = MAX_DROP,
     metric: str | None = None,
@@ -89,24 +96,37 @@ def optimize(
     Where the result differs, the change at fault is found, denied and reported as a warning, with
     a reproducer beside the output (in a temporary folder without one), and the rest is proved.
 
-    `int8` goes on from the proved model, for the target "ort-cpu": it is kept where it is faster
-    than that model on this machine, with `threads` (0: all cores), and loses at most `max_drop` of
-    a `metric` (`file.py:function`), or of the agreement with the original; `min_sqnr` (dB) takes
-    the place of agreement. `data` calibrates it. `decisions` is a file to record it in, `replay`
-    one to repeat it from, to the same bytes. `force` keeps the fastest good candidate though it
-    does not pay, or the least bad one where none is good.
+    What follows goes on from the proved model and loses something: at most `max_drop` of a `metric`
+    (`file.py:function`), or of the agreement with the original; `min_sqnr` (dB) takes the place of
+    agreement. `data` calibrates it, models run with `threads` (0: all cores).
+
+    `channels` takes out channels, attention heads and hidden units that are worth this share of the
+    MACs ("auto": what the budget allows); it is kept where it is faster than that model on this
+    machine. `sparsity` sets this share of the weights to zero, `nm` ("2:4") so many of each group,
+    `threshold` those below it, `block` ("4x1") whole blocks; it is kept where the file is smaller,
+    and makes nothing faster. `importance` says by what weights ("lamp", "magnitude", "wanda",
+    "obs") or channels ("activation", "l1", "l2", "apoz") are chosen, `recover` how the rest is
+    fitted again ("lsq", "moments", "none").
+
+    `int8` comes last, for the target "ort-cpu": it is kept where it is faster.
+
+    `decisions` is a file to record all this in, `replay` one to repeat it from, to the same bytes.
+    `force` keeps the fastest good candidate though it does not pay, or the least bad one where none
+    is good.
 
     Raises UsageError (bad file, level, pass, data, shape, opset, metric, decisions),
     ValidationError where the result differs all the same, UnprovenError where nothing shows that
-    it does not, unless `unproven` is set, and RefusedError where no int8 is worth keeping. The
-    three last carry the report as `error.report`.
+    it does not, unless `unproven` is set, and RefusedError where nothing lossy is worth keeping.
+    The three last carry the report as `error.report`.
     """
     if target not in ("portable", "ort-cpu"):
         raise UsageError(f"target {target!r}: there are 'portable' and 'ort-cpu'")
     source = Path(source) if isinstance(source, str) else source
     tell: Progress = progress or (lambda what, share: None)
+    prune = {"sparsity": sparsity, "nm": nm, "block": block, "threshold": threshold}
+    prune |= {"channels": channels, "importance": importance, "recover": recover}
     options = int8, max_drop, metric, min_sqnr, decisions, replay, force, threads
-    wanted = _wanted(*options, target=target, data=data, models=(source, output))
+    wanted = _wanted(*options, prune=prune, target=target, data=data, models=(source, output))
     asked = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
     settings = {"level": level, "passes": passes, "opset": opset}
     settings |= {"keep_overridable": keep_overridable, "shapes": _text(shapes)}
@@ -114,9 +134,9 @@ def optimize(
     libraries = [Path(library) for library in custom_ops]
     step = None
     if wanted is not None:
-        from graphopt.int8 import Int8
+        from graphopt.lossy import Lossy
 
-        step = Int8(wanted, source, held, data, libraries, seed, settings, tell)
+        step = Lossy(wanted, source, held, data, libraries, seed, settings, tell)
         opset = step.opset(opset)
     steps = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
     job = _Job(source, level, steps, tell, verify_each, is_level=passes is None and level > 0)
@@ -141,20 +161,23 @@ def _wanted(
     force: bool,
     threads: int,
     *,
+    prune: Mapping[str, Any],
     target: str,
     data: str | None,
     models: Sequence[str | Path | onnx.ModelProto | None],
 ) -> Wanted | None:
-    """What is asked of int8, None where that is nothing. Raises UsageError."""
-    given = int8, metric, min_sqnr, decisions, replay, force or None, threads or None
+    """What is asked of lossy steps, None where that is nothing. Raises UsageError."""
+    given = [int8, metric, min_sqnr, decisions, replay, force or None, threads or None]
+    given += prune.values()
     if all(option is None for option in given) and max_drop == MAX_DROP:
         return None
-    from graphopt.int8_wanted import Wanted
     from graphopt.judging import Budget
+    from graphopt.wanted import PruneWanted, Wanted
 
     written, read = (None if path is None else Path(path) for path in (decisions, replay))
     budget = Budget(max_drop, metric, min_sqnr)
-    wanted = Wanted(int8, budget, written, read, force, threads)
+    asked = PruneWanted(**prune)
+    wanted = Wanted(int8, budget, written, read, force, threads, asked)
     wanted.check(target, data, [Path(m) for m in models if isinstance(m, str | Path)])
     return wanted
 
@@ -218,7 +241,7 @@ class _Job:
         staged: Path,
         external: ExternalPolicy,
         prover: Prover | None,
-        step: Int8 | None = None,
+        step: Lossy | None = None,
         *,
         accept_unproven: bool,
     ) -> Result:
@@ -240,10 +263,10 @@ class _Job:
         elif place is not None:
             candidate.write(self.tell)
         accepted = ("proved", "skipped", *(["unproven"] if accept_unproven else []))
-        lossy = None
+        lossy: Kept | None = None
         if step is not None and proof.verdict in accepted:
             lossy = step.run(candidate, read.bytes)
-        is_kept = proof.verdict in accepted and (lossy is None or lossy.kept)
+        is_kept = proof.verdict in accepted and (lossy is None or lossy.any)
         written = None
         if place is not None and is_kept:
             written = records.file_info(place.path, place.commit(candidate.files))
@@ -252,10 +275,9 @@ class _Job:
         candidate.runs[:0] = prepared
         report = self._report(candidate, read, written, before, proof, faults)
         if step is not None:
-            warnings = [*report.warnings, *step.remarks.warnings]
-            report = report.model_copy(update={"int8": lossy, "warnings": warnings})
+            report = _with_lossy(report, step, lossy, is_kept=is_kept)
         if not is_kept:
-            raise _refusal(report)
+            raise _refusal(report, lossy)
         return Result(candidate.model, report)
 
     def _report(
@@ -292,6 +314,16 @@ def _warnings(runs: Sequence[PassRun], faults: Sequence[Fault]) -> list[str]:
     return [*failed, *(fault.message for fault in faults)]
 
 
+def _with_lossy(report: Report, step: Lossy, lossy: Kept | None, *, is_kept: bool) -> Report:
+    """The report with what lossy steps came to; of several one may come to nothing."""
+    warnings = [*report.warnings, *step.remarks.warnings]
+    more: dict[str, Any] = {"warnings": warnings}
+    if lossy is not None:
+        more |= {"prune": lossy.prune, "int8": lossy.int8}
+        warnings += lossy.refusals if is_kept else []
+    return report.model_copy(update=more)
+
+
 def _spare_weights(model: Model, source: Path | onnx.ModelProto, target: Path) -> None:
     """Refuse a target whose file of weights would replace the one that another model reads."""
     beside = target.with_name(target.name + ".data")
@@ -309,11 +341,9 @@ def _source_info(source: Path | onnx.ModelProto, model: Model) -> records.FileIn
     return records.FileInfo(path="", bytes=source.ByteSize())
 
 
-def _refusal(report: Report) -> RefusedError:
-    if report.int8 is not None:
-        from graphopt.int8 import refusal
-
-        refused = RefusedError(refusal(report.int8))
+def _refusal(report: Report, lossy: Kept | None) -> RefusedError:
+    if lossy is not None:
+        refused = RefusedError("nothing written: " + "; ".join(lossy.refusals))
         refused.report = report
         return refused
     proof = report.validation

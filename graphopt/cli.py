@@ -74,6 +74,13 @@ def optimize(
     external_data: o.ExternalData = "auto",
     custom_ops: o.CustomOps = None,
     seed: o.Seed = 0,
+    sparsity: o.Sparsity = None,
+    nm: o.Nm = None,
+    block: o.Block = None,
+    threshold: o.Threshold = None,
+    channels: o.Channels = None,
+    importance: o.Importance = None,
+    recover: o.Recover = None,
     int8: o.Int8 = None,
     max_drop: o.MaxDrop = 0.01,
     metric: o.Metric = None,
@@ -97,6 +104,8 @@ def optimize(
     what |= Options(keep_overridable=keep_overridable, external=external_data)
     what |= Options(validate=validate, unproven=unproven, data=data, custom_ops=libraries)
     what |= Options(seed=seed, verify_each=verify_each or None)  # None: as the environment says
+    what |= Options(sparsity=sparsity, nm=nm, block=block, threshold=threshold)
+    what |= Options(channels=channels, importance=importance, recover=recover)
     what |= Options(int8=int8, max_drop=max_drop, metric=metric, min_sqnr=min_sqnr)
     what |= Options(decisions=decisions, replay=replay, force=force, threads=threads)
     with shell.report_writer(report, source, output) as save:

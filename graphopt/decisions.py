@@ -82,6 +82,18 @@ class RegionDecision(Record):
     bytes_after: int | None = None
 
 
+class PruningDecision(Record):
+    """What was pruned. Weights that were fitted lie in a file of their own beside the decisions."""
+
+    candidate: str
+    found: str
+    zeros: bool = Field(description="single weights were set to zero")
+    recovery: str
+    importance: str
+    groups: dict[str, int] = Field(description="units that were taken out, by group")
+    sha256: str = Field(description="of the file of weights, which has .npz behind the name")
+
+
 class Decisions(Record):
     """All choices made for one model."""
 
@@ -99,6 +111,7 @@ class Decisions(Record):
     )
     candidate: str = Field(default="", description="what is kept, as the report calls it")
     found: str = Field(default="", description="how it compared with the original, in words")
+    pruning: PruningDecision | None = Field(default=None, description="done before the regions")
     regions: list[RegionDecision]
     tensors: dict[str, TensorQuantization] = Field(default={}, description="by value name")
     biases: dict[str, list[Float32]] = Field(

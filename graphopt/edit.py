@@ -177,7 +177,7 @@ class Editor:
         self._journal.append(undo)
 
     def restate(self, node: Node, proto: onnx.NodeProto) -> None:
-        """Let `proto` say the same of the node: operator, edges and attributes are to be equal."""
+        """Let `proto` state the node's attributes; its operator and edges stay as they are."""
         before, rewired = node.proto, node.rewired
 
         def undo() -> None:

@@ -38,6 +38,13 @@ class Options(TypedDict, total=False):
     keep_overridable: bool
     external: ExternalPolicy
     seed: int
+    sparsity: float | str | None
+    nm: str | None
+    block: str | None
+    threshold: float | None
+    channels: float | str | None
+    importance: str | None
+    recover: str | None
     int8: Mode | None
     max_drop: float
     metric: str | None

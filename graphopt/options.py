@@ -58,29 +58,57 @@ KeepOverridable = Annotated[
 ExternalData = Annotated[
     Literal["auto", "always", "never"], typer.Option(help="Weights in a file of their own.")
 ]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="prune: this share of the weights to zero, or 'auto'."),
+]
+Nm = Annotated[
+    str | None, typer.Option("--nm", metavar="N:M", help="prune: keep n of every m weights.")
+]
+Block = Annotated[
+    str | None, typer.Option(metavar="RxC", help="prune: zeros in blocks of outputs x inputs.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="prune: weights below it, in magnitude, to zero.")
+]
+Channels = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="prune: channels worth this share of MACs, or 'auto'."),
+]
+Importance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="prune: lamp, magnitude, wanda, obs; channels: activation, l1, l2, apoz.",
+    ),
+]
+Recover = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="prune: fit what is left: lsq, moments or none."),
+]
 Int8 = Annotated[
     Literal["auto", "static", "dynamic", "weights"] | None,
     typer.Option(help="Compute on int8 where that is faster here and loses little."),
 ]
 MaxDrop = Annotated[
-    float, typer.Option(help="int8: what may be lost of the metric, or of agreement.")
+    float, typer.Option(help="lossy: what may be lost of the metric, or of agreement.")
 ]
 Metric = Annotated[
     str | None,
-    typer.Option(metavar="FILE:FUNCTION", help="int8: scores a model; else it has to agree."),
+    typer.Option(metavar="FILE:FUNCTION", help="lossy: scores a model; else it has to agree."),
 ]
 MinSqnr = Annotated[
-    float | None, typer.Option(metavar="DB", help="int8: judge by signal to noise instead.")
+    float | None, typer.Option(metavar="DB", help="lossy: judge by signal to noise instead.")
 ]
 Decisions = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="int8: write down what was decided.")
+    Path | None, typer.Option(metavar="FILE", help="lossy: write down what was decided.")
 ]
 Replay = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="int8: do what was decided, measure nothing.")
+    Path | None, typer.Option(metavar="FILE", help="lossy: do what was decided, measure nothing.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="int8: write it even if it is not worth it.")]
+Force = Annotated[bool, typer.Option("--force", help="lossy: write it even if it is not worth it.")]
 ModelThreads = Annotated[
-    int, typer.Option("--threads", min=0, help="int8: that the model will have; 0: all cores.")
+    int, typer.Option("--threads", min=0, help="lossy: that the model will have; 0: all cores.")
 ]
 Bench = Annotated[bool, typer.Option("--bench", help="Time the original against the result.")]
 VerifyEach = Annotated[

@@ -77,7 +77,8 @@ class GroupCut:
 class PruneOutcome:
     """What was found: the recipe that is kept, None where nothing is, and the account of it.
 
-    `layers` are of each candidate, by name, `groups` too; `costs` are of the lossless model.
+    `layers` are of each candidate, by name, and so are `groups`, the `shares` of zeros or MACs, and
+    the MACs that go with channels; `costs` are of the lossless model and of the kept one.
     """
 
     recipe: PruneRecipe | None
@@ -87,7 +88,9 @@ class PruneOutcome:
     layers: Mapping[str, list[LayerFit]]
     groups: Mapping[str, list[GroupCut]]
     shares: Mapping[str, float]
+    macs: Mapping[str, float]
     costs: NodeCosts | None
+    costs_after: NodeCosts | None
     feeds: int
 
     @property
@@ -115,12 +118,14 @@ class Pruning:
         self._layers: dict[str, list[LayerFit]] = {}
         self._groups: dict[str, list[GroupCut]] = {}
         self._shares: dict[str, float] = {}
+        self._macs: dict[str, float] = {}
         self._costs: NodeCosts | None = None
         self._feeds = 0
 
     def run(self) -> PruneOutcome:
         """Search. Raises UsageError where the data does not fit, or is missing."""
         with self._selection.judge:
+            self._costs = self._profile(self._lossless)
             base: Trial[PruneRecipe] | None = None
             if self._request.channels is not None:
                 base = self._channels(self._request.channels)
@@ -193,6 +198,7 @@ class Pruning:
         self._shares[name] = 1 - found.kept / max(1, found.total)
         if base is not None:
             self._groups[name] = self._groups[base.name]
+            self._macs[name] = self._macs[base.name]
         return self._selection.try_out(name, PruneRecipe((*stages, stage)))
 
     # -- channels ----------------------------------------------------------------------------------
@@ -203,7 +209,6 @@ class Pruning:
         groups = groups_of(edit)
         if not groups:
             return None
-        self._profile()
         seen = self._observed(groups)
         work = Work(edit, groups, self._shapes())
         choices = self._choices(edit, groups, seen)
@@ -239,7 +244,7 @@ class Pruning:
         if name in self._layers:  # the steps of the groups are coarse: another share, one cut
             return next((t for t in self._selection.trials if t.name == name), None)
         stage, self._layers[name] = self._fitted(edit, groups, cut, self._fit_feeds(), name)
-        self._shares[name] = part
+        self._shares[name] = self._macs[name] = part
         self._groups[name] = [
             GroupCut(
                 c.group.text(gone.get(c.group.root, 0)),
@@ -276,12 +281,11 @@ class Pruning:
         self._feeds = found.feeds if not readers_only else self._feeds
         return Stage.between(dense, edit, cut), found.layers
 
-    def _profile(self) -> None:
+    def _profile(self, file: Path) -> NodeCosts:
+        """Where a model's time goes."""
         self._tell("profiling", None)
         feed, request = self._selection.proposed(), self._request
-        self._costs = node_costs(
-            self._lossless, feed, request.threads, custom_ops=request.custom_ops
-        )
+        return node_costs(file, feed, request.threads, custom_ops=request.custom_ops)
 
     def _observed(self, groups: Sequence[Group]) -> Statistics | None:
         """What calibration sees of what the groups' readers read; None where nothing is needed."""
@@ -373,7 +377,9 @@ class Pruning:
             self._layers,
             self._groups,
             self._shares,
+            self._macs,
             self._costs,
+            None if kept is None else self._profile(kept.file),
             self._feeds,
         )
 
@@ -396,10 +402,11 @@ class Pruning:
         return ""
 
     def _is_smaller(self, file: Path) -> bool:
-        return _bytes(file) < _bytes(self._lossless)
+        return file_bytes(file) < file_bytes(self._lossless)
 
 
-def _bytes(file: Path) -> int:
+def file_bytes(file: Path) -> int:
+    """Of a model with the weights beside it."""
     beside = file.with_name(file.name + ".data")
     return file_info(file, [file, *([beside] if beside.exists() else [])]).bytes
 

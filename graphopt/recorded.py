@@ -36,20 +36,11 @@ _FULL_BITS: Final = 8
 Setting = str | int | float | bool | None
 
 
-def decisions_of(
-    outcome: Outcome,
-    trial: Trial[Recipe],
-    *,
-    source_sha256: str,
-    fingerprint: str,
-    options: Mapping[str, Setting],
+def blank_decisions(
+    source_sha256: str, fingerprint: str, options: Mapping[str, Setting]
 ) -> Decisions:
-    """All that a candidate's bytes depend on, and why it was chosen.
-
-    `fingerprint` is of the lossless model, `options` what the user asked for.
-    """
-    host, recipe = report.host(), trial.recipe
-    weights = {_WEIGHTS + name: value for name, value in _settings(recipe.weights).items()}
+    """Decisions about nothing yet: of the lossless model with this fingerprint, as asked for."""
+    host = report.host()
     return Decisions(
         graphopt=report.version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,16 +50,32 @@ def decisions_of(
         versions=host.versions,
         target=TARGET,
         features=host.features,
-        options={**options, **weights},
-        candidate=trial.name,
-        found=trial.verdict.text,
-        regions=list(_regions(outcome, trial)),
-        tensors={name: _stated(affine) for name, affine in recipe.tensors.items()},
-        biases={
+        options=dict(options),
+        regions=[],
+    )
+
+
+def with_regions(decisions: Decisions, outcome: Outcome, trial: Trial[Recipe]) -> Decisions:
+    """All that the bytes of int8 depend on, and why it was chosen, put to the decisions."""
+    recipe = trial.recipe
+    weights = {_WEIGHTS + name: value for name, value in _settings(recipe.weights).items()}
+    more: dict[str, Any] = {
+        "options": {**decisions.options, **weights},
+        "candidate": trial.name,
+        "found": trial.verdict.text,
+        "regions": list(_regions(outcome, trial)),
+        "tensors": {name: _stated(affine) for name, affine in recipe.tensors.items()},
+        "biases": {
             root: [float(number) for number in np.asarray(values).reshape(-1)]
             for root, values in recipe.corrections.items()
         },
-    )
+    }
+    return decisions.model_copy(update=more)
+
+
+def has_regions(decisions: Decisions) -> bool:
+    """True where int8 was decided on, if only to leave all in floats."""
+    return decisions.pruning is None or any(n.startswith(_WEIGHTS) for n in decisions.options)
 
 
 def recipe_of(decisions: Decisions, path: Path) -> Recipe:

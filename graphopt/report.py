@@ -16,6 +16,7 @@ from pydantic import Field
 from graphopt.int8_report import Int8Record
 from graphopt.ir import Model, Weight
 from graphopt.manager import PassRun
+from graphopt.prune_report import PruneRecord
 from graphopt.record import Record
 
 if TYPE_CHECKING:
@@ -183,6 +184,9 @@ class Report(Record):
     blame: list[BlameRecord] = Field(default=[], description="what was denied to prove the result")
     fingerprint: str = Field(default="", description="of the result: equal ones, the same graph")
     warnings: list[str]
+    prune: PruneRecord | None = Field(
+        default=None, description="if asked for; `validation` is then of the step before it"
+    )
     int8: Int8Record | None = Field(
         default=None, description="if asked for; `validation` is then of the step before it"
     )

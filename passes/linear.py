@@ -107,13 +107,16 @@ class Layer:
             yield slice(group * per, (group + 1) * per)
 
 
-def linear_layers(edit: Editor) -> list[Layer]:
-    """All linear layers of the main graph with dense float32 weights, in order of computation."""
-    found = (layer_of(edit, node) for node in edit.model.graph.nodes)
+def linear_layers(edit: Editor, *, sparse: bool = False) -> list[Layer]:
+    """All linear layers of the main graph with float32 weights, in order of computation.
+
+    Their weights are dense, unless `sparse` ones are asked for too.
+    """
+    found = (layer_of(edit, node, sparse=sparse) for node in edit.model.graph.nodes)
     return [layer for layer in found if layer is not None]
 
 
-def layer_of(edit: Editor, node: Node) -> Layer | None:
+def layer_of(edit: Editor, node: Node, *, sparse: bool = False) -> Layer | None:
     """The node as a linear layer, None where it is none."""
     if node.domain or node.op not in ("Conv", *_PRODUCTS) or len(node.inputs) < 2:
         return None
@@ -121,7 +124,9 @@ def layer_of(edit: Editor, node: Node) -> Layer | None:
     weight = constant_of(weights, edit.model.store)
     if source is None or weights is None or result is None or weight is None:
         return None
-    if weight.data_type != onnx.TensorProto.FLOAT or weight.is_sparse or not weight.size:
+    if weight.data_type != onnx.TensorProto.FLOAT or not weight.size:
+        return None
+    if weight.is_sparse and not sparse:
         return None
     if weights.weight is None:
         return None  # of a Constant node: what lifts those runs before

@@ -29,6 +29,7 @@ from graphopt.passes.canonicalize.strip_traces import StripTraces
 from graphopt.passes.fusion.merge_projections import MergeProjections
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 from graphopt.passes.prune.sparse import Densify, Sparsify, has_sparse
+from graphopt.passes.prune.steps import PruneChannels, PruneWeights
 from graphopt.passes.rules import Canonicalize, Fuse
 
 PASSES: Final[dict[str, type[Pass]]] = {
@@ -55,6 +56,8 @@ PASSES: Final[dict[str, type[Pass]]] = {
         RemoveDead,
         StripTraces,
         Graphsurgeon,
+        PruneWeights,
+        PruneChannels,
         Sparsify,
         Densify,
     )

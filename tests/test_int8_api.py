@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 import graphopt
-from graphopt import int8
+from graphopt import lossy
 from graphopt.compress import Compression, Mode, Request
 from graphopt.errors import RefusedError, UsageError
 from graphopt.int8_regions import NOISY, UNFUSED, _given_up
@@ -352,7 +352,8 @@ def test_options_that_need_int8(options: dict[str, Any], name: str) -> None:
     with pytest.raises(UsageError) as caught:
         graphopt.optimize(MLP, target="ort-cpu", **options)
     assert str(caught.value) == (
-        f"{name}: it is for int8, which is not asked for: int8='auto' (--int8 auto)"
+        f"{name}: it is for lossy steps; ask for one: int8='auto' (--int8 auto), or sparsity, nm, "
+        "threshold or channels"
     )
 
 
@@ -383,7 +384,7 @@ def test_stages_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: Iterator[float] = iter([0.0, 1.0, 3.0, 6.0, 10.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     told: list[tuple[str, float | None]] = []
-    clock = int8._Clock(lambda what, share: told.append((what, share)))
+    clock = lossy._Clock(lambda what, share: told.append((what, share)), "int8")
     clock("calibrating, 1 feeds", None)
     clock("calibrating, 2 feeds", None)
     clock("trying a", None)

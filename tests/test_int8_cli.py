@@ -129,7 +129,11 @@ def test_a_refusal_as_json_keeps_stdout_empty(
     ("arguments", "said"),
     [
         (["--int8", "static", "--metric", "m"], "metric m: write it as file.py:function"),
-        (["--force"], "force: it is for int8, which is not asked for: int8='auto' (--int8 auto)"),
+        (
+            ["--force"],
+            "force: it is for lossy steps; ask for one: int8='auto' (--int8 auto), or "
+            "sparsity, nm, threshold or channels",
+        ),
         (["--int8", "auto", "--target", "portable"], "int8 is made for onnxruntime's CPU provider"),
         (["--int8", "auto", "--max-drop", "-1"], "max-drop -1.0: it is 0 or more"),
     ],

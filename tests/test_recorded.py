@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import graphopt
-from graphopt import compress, recorded, search
+from graphopt import compress, recorded, search, selection
 from graphopt.compress import Compression, Mode, Outcome, Request
 from graphopt.decisions import Decisions, load_decisions
 from graphopt.errors import UsageError
@@ -52,7 +52,7 @@ def measuring_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("a replay measures nothing")
 
-    for place, name in ((compress, "sweep"), (compress, "fastest"), (search, "time_paired")):
+    for place, name in ((compress, "sweep"), (selection, "fastest"), (search, "time_paired")):
         monkeypatch.setattr(place, name, fail)
     monkeypatch.setattr(Compression, "run", fail)
 
@@ -139,12 +139,10 @@ def test_the_file_holds_the_whole_recipe(tmp_path: Path) -> None:
         corrections={root: np.array([0.1, -1e-30, 3.0], np.float32)},
         weights=Options(bits=7, method="max"),
     )
-    decisions = recorded.decisions_of(
+    decisions = recorded.with_regions(
+        recorded.blank_decisions("", "", {"level": 2}),
         outcome,
         dataclasses.replace(trial, recipe=wanted),
-        source_sha256="",
-        fingerprint="",
-        options={"level": 2},
     )
     again = Decisions.model_validate_json(decisions.to_json())
     found = recorded.recipe_of(again, Path("d.json"))

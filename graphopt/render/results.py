@@ -13,6 +13,7 @@ from rich.text import Text
 from graphopt.render import text
 from graphopt.render.int8 import show_int8
 from graphopt.render.listings import speed_line
+from graphopt.render.prune import show_prune
 from graphopt.report import Report, ValidationRecord
 
 _ROWS = 8  # of every list: the whole account is in the report
@@ -30,15 +31,18 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
     console.print(title.append(f"   {_settings(report)}", style="dim"), soft_wrap=True)
     console.print(text.indented(_sizes(report)))
     console.print()
-    if report.int8 is None or every_pass:  # else int8 has the screen
+    is_lossy = report.int8 is not None or report.prune is not None
+    if not is_lossy or every_pass:  # else what was lost has the screen
         tables = [table for table in (_removed(report), _rules(report)) if table]
         text.show_beside(tables, console)
     if every_pass and report.passes:
         text.show_beside([_passes(report)], console)
+    if report.prune is not None:
+        show_prune(report.prune, console, every_candidate=every_pass)
     if report.int8 is not None:
         show_int8(report.int8, console, every_candidate=every_pass)
     lines = proof_lines(report.validation)
-    if report.int8 is not None:  # what was proved is the step before it
+    if is_lossy:  # what was proved is the step before it
         lines[0] = ("lossless", lines[0][1])
     lines += _warnings(report)
     if report.bench is not None:
@@ -54,9 +58,11 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
 
 def show_refusal(report: Report, console: Console) -> None:
     """What the comparison found, and what was tried to mend it."""
+    if report.prune is not None:
+        show_prune(report.prune, console)
     if report.int8 is not None:
         show_int8(report.int8, console)
-    else:
+    if report.prune is None and report.int8 is None:
         show_validation(report.validation, console)
     if report.warnings:
         console.print(text.facts(_warnings(report)))

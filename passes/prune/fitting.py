@@ -134,7 +134,7 @@ def mask_layer(edit: Editor, layer: Layer, mask: Array) -> None:
 
 
 def _observed(layer: Layer, target: Layer, pruned: Relay, whole: Relay) -> list[Regression]:
-    """The regressions of one layer. Neighbouring rows tell the same: of too many some are enough."""
+    """The regressions of one layer; neighbouring rows tell the same, so that some are enough."""
     observer = layer.observer("regression")
     seen = Statistics([observer])
     most = max(_ROWS, _ROWS_PER_FEATURE * layer.shape[1])

@@ -88,7 +88,7 @@ class Group:
         first = next((s for s in self.givers if s.node is self._first), self.givers[0])
         shared = ", ".join(names[:_NAMED]) + more
         one = "shares" if len(names) == 1 else "share"
-        what = f"remove {count} of {self.units} channels of {first.value.name}"
+        what = f"remove {count} of {self.units} channels of {first.node.label}"
         return f"{what} because {shared} {one} them"
 
     def __str__(self) -> str:

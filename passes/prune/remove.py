@@ -19,7 +19,7 @@ from graphopt.passes.prune.groups import Group, Units
 from graphopt.passes.prune.labels import Fix
 
 REMOVE: Final = "remove-channels"
-_SUFFIX: Final = "/pruned"
+SUFFIX: Final = "/pruned"
 
 
 def remove(edit: Editor, group: Group, units: Collection[int]) -> bool:
@@ -76,7 +76,7 @@ def _cut_constants(edit: Editor, group: Group, gone: Units) -> None:
             array = np.compress(~np.isin(units, gone), array, axis)
         if array.shape == weight.shape:
             continue
-        _replace(edit, value, array, stored.uses, _SUFFIX)
+        _replace(edit, value, array, stored.uses, SUFFIX)
 
 
 def _replace(
@@ -101,7 +101,7 @@ def _drop(edit: Editor, value: Value) -> None:
         edit.remove_node(value.producer)
 
 
-def _new_name(edit: Editor, value: Value, suffix: str = _SUFFIX) -> str:
+def _new_name(edit: Editor, value: Value, suffix: str = SUFFIX) -> str:
     return edit.unique(value.name.split(suffix)[0] + suffix)
 
 
@@ -170,7 +170,7 @@ def _own_concat(edit: Editor, node: Node, slot: int) -> Node:
         return maker
     proto = onnx.NodeProto()
     proto.CopyFrom(maker.proto)
-    proto.name = edit.unique(f"{maker.name or value.name}{_SUFFIX}")
+    proto.name = edit.unique(f"{maker.name or value.name}{SUFFIX}")
     proto.input[:] = [source.name for source in maker.inputs if source is not None]
     proto.output[:] = [_new_name(edit, value)]
     known = {source.name: source for source in maker.inputs if source is not None}

@@ -1,0 +1,174 @@
+"""What a user asks of lossy steps, and what of that can come to nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from graphopt.compress import MODES, Mode
+from graphopt.errors import UsageError
+from graphopt.judging import Budget
+from graphopt.metric import load_metric
+from graphopt.passes.prune.fitting import RECOVERIES, Recovery
+from graphopt.passes.prune.importance import UNIT_IMPORTANCES, UnitImportance
+from graphopt.passes.prune.weights import IMPORTANCES, Importance, Pattern, Sparsity
+from graphopt.pruning import AUTO, Share
+
+_ASK: Final = "int8='auto' (--int8 auto), or sparsity, nm, threshold or channels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneWanted:
+    """What the user asks of pruning, as it was said: shares are numbers or "auto"."""
+
+    sparsity: float | str | None = None
+    nm: str | None = None
+    block: str | None = None
+    threshold: float | None = None
+    channels: float | str | None = None
+    importance: str | None = None
+    recover: str | None = None
+
+    @property
+    def wants_zeros(self) -> bool:
+        """True where single weights are to go."""
+        return any(each is not None for each in (self.sparsity, self.nm, self.threshold))
+
+    @property
+    def is_wanted(self) -> bool:
+        """True where anything is to go."""
+        return self.wants_zeros or self.channels is not None
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where zeros lie."""
+        stated = self.nm or self.block
+        return Pattern.of(stated) if stated is not None else Pattern()
+
+    @property
+    def shares(self) -> tuple[Share | None, Share | None]:
+        """Of zeros, and of MACs that go with channels."""
+        return share("sparsity", self.sparsity), share("channels", self.channels)
+
+    def weight_importance(self) -> Importance:
+        """By which single weights are chosen."""
+        return next((each for each in IMPORTANCES if each == self.importance), "lamp")
+
+    def unit_importance(self, data: str | None) -> UnitImportance:
+        """By which channels are chosen: by activations where there is data."""
+        given = next((each for each in UNIT_IMPORTANCES if each == self.importance), None)
+        return given or ("l2" if data is None else "activation")
+
+    def recovery(self, data: str | None) -> Recovery:
+        """How what is left is fitted: not at all without data."""
+        given = next((each for each in RECOVERIES if each == self.recover), None)
+        return given or ("none" if data is None else "lsq")
+
+    def check(self, data: str | None) -> None:
+        """Raise UsageError for what can come to nothing."""
+        sparsity, _ = self.shares
+        stated = {"sparsity": self.sparsity, "nm": self.nm, "threshold": self.threshold}
+        given = [name for name, value in stated.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)}: say in one way how many weights go")
+        if self.block is not None and self.sparsity is None:
+            raise UsageError("block: how many go? sparsity (--sparsity) says it")
+        if self.pattern.m and self.block is not None:
+            raise UsageError(f"block {self.block!r}: write ROWSxCOLUMNS, as 4x1")
+        if self.nm is not None and not self.pattern.m:
+            raise UsageError(f"nm {self.nm!r}: write N:M, as 2:4")
+        self._check_names(data)
+        if self.wants_zeros and sparsity != AUTO:
+            Sparsity(sparsity, self.threshold, self.pattern)
+
+    def _check_names(self, data: str | None) -> None:
+        if self.importance is not None:
+            known: list[str] = [*(IMPORTANCES if self.wants_zeros else ())]
+            known += UNIT_IMPORTANCES if self.channels is not None else ()
+            if self.importance not in known:
+                raise UsageError(
+                    f"importance {self.importance!r}: there are {', '.join(known)} for this"
+                )
+            if data is None and self.importance in ("wanda", "obs", "activation", "apoz"):
+                raise UsageError(f"importance {self.importance} needs feeds: --data")
+        if self.recover is not None and self.recover not in RECOVERIES:
+            raise UsageError(f"recover {self.recover!r}: there are {', '.join(RECOVERIES)}")
+        if data is None and self.recover not in (None, "none"):
+            raise UsageError(f"recover {self.recover} needs feeds: --data with some inputs")
+
+
+def share(name: str, stated: float | str | None) -> Share | None:
+    """A share from 0 to below 1, or "auto". Raises UsageError for anything else."""
+    if stated is None or stated == AUTO:
+        return AUTO if stated == AUTO else None
+    try:
+        number = float(stated)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise UsageError(f"{name} {stated}: it is a share above 0 and below 1, or 'auto'")
+    return number
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks: to search for int8 (`mode`), to prune, or to replay decisions."""
+
+    mode: Mode | None
+    budget: Budget = field(default_factory=Budget)
+    decisions: Path | None = None
+    replay: Path | None = None
+    force: bool = False
+    threads: int = 0
+    prune: PruneWanted = field(default_factory=PruneWanted)
+
+    def check(self, target: str, data: str | None, models: Sequence[Path]) -> None:
+        """Raise UsageError, at once, for what can come to nothing."""
+        if self.mode is not None and self.mode not in MODES:
+            raise UsageError(f"int8 {self.mode!r}: there are {', '.join(map(repr, MODES))}")
+        if self.mode is None and self.replay is None and not self.prune.is_wanted:
+            raise UsageError(f"{self._first()}: it is for lossy steps; ask for one: {_ASK}")
+        if self.mode is not None and target != "ort-cpu":
+            raise UsageError(
+                "int8 is made for onnxruntime's CPU provider: ask for that target as well, "
+                "target='ort-cpu' (--target ort-cpu)"
+            )
+        self._check_numbers()
+        self.prune.check(data)
+        if self.mode == "static" and data is None and self.replay is None:
+            raise UsageError("static int8 has to be calibrated: --data with some inputs")
+        if self.decisions is not None and self.replay is not None:
+            raise UsageError("decisions are recorded, or replayed: give one of the two")
+        if self.decisions is not None:
+            place = self.decisions.resolve()
+            if any(place == model.resolve() for model in models):
+                raise UsageError(f"decisions {self.decisions}: that is a model of this run")
+        if self.budget.metric is not None and self.replay is None:
+            load_metric(self.budget.metric)
+
+    def _first(self) -> str:
+        """The first option that was given."""
+        prune = self.prune
+        given = {
+            "metric": self.budget.metric,
+            "min-sqnr": self.budget.min_sqnr,
+            "decisions": self.decisions,
+            "force": self.force or None,
+            "threads": self.threads or None,
+            "block": prune.block,
+            "importance": prune.importance,
+            "recover": prune.recover,
+        }
+        return next((name for name, value in given.items() if value is not None), "max-drop")
+
+    def _check_numbers(self) -> None:
+        budget = self.budget
+        if not (budget.max_drop >= 0 and math.isfinite(budget.max_drop)):
+            raise UsageError(f"max-drop {budget.max_drop}: it is 0 or more")
+        if budget.min_sqnr is not None and not math.isfinite(budget.min_sqnr):
+            raise UsageError(f"min-sqnr {budget.min_sqnr}: it is a number of decibels")
+        if self.threads < 0:
+            raise UsageError(f"threads {self.threads}: 0 for all cores, or a number of them")

@@ -1,0 +1,154 @@
+"""Pruning as passes, for pipelines of one's own: nothing is judged or timed here.
+
+`graphopt.optimize` does both, and chooses channels by measured time and harm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphopt import exporter
+from graphopt.edit import Editor
+from graphopt.errors import UsageError
+from graphopt.ir import Model
+from graphopt.operators import MACS
+from graphopt.regions import fixed
+
+if TYPE_CHECKING:  # scipy takes half a second: it is for those who prune
+    from graphopt.passes.prune.fitting import Recovery
+    from graphopt.passes.prune.importance import UnitImportance
+    from graphopt.passes.prune.weights import Importance
+    from graphopt.runtime import Feed
+    from graphopt.statistics import Observer, Statistics
+
+
+@dataclass(frozen=True)
+class PruneWeights:
+    """Set single weights to zero: a share of all, n of every m ("2:4"), or those below a threshold.
+
+    With `data` (as on the command line) the rest is fitted again. Lossy: it cannot be proved.
+    """
+
+    name: ClassVar[str] = "prune-weights"
+
+    sparsity: float = 0.0
+    nm: str = ""
+    block: str = ""
+    threshold: float = 0.0
+    importance: Importance = "lamp"
+    recover: Recovery = "lsq"
+    data: str = ""
+
+    def run(self, model: Model, edit: Editor) -> None:
+        """Prune the main graph's weights."""
+        if not (self.sparsity or self.nm or self.threshold):
+            return
+        from graphopt.passes.prune.fitting import Settings
+        from graphopt.passes.prune.weights import Pattern, Sparsity, prune_weights
+
+        stated = self.nm or self.block
+        pattern = Pattern.of(stated) if stated else Pattern()
+        share = self.sparsity if not (self.nm or self.threshold) else None
+        how = Sparsity(share, self.threshold or None, pattern, self.importance)
+        with _Copy(model, self.data) as copy:
+            prune_weights(copy.model(), edit, how, copy.feeds, Settings(self.recover))
+
+
+@dataclass(frozen=True)
+class PruneChannels:
+    """Take out channels, heads and hidden units that are worth a share of the MACs.
+
+    Those that matter least for what they cost go first. With `data` (as on the command line) what
+    reads them is fitted again, and MACs are counted at the shapes of its first feed; without, sizes
+    that are open count as nothing. Lossy: it cannot be proved.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+
+    share: float = 0.0
+    importance: UnitImportance = "l2"
+    recover: Recovery = "lsq"
+    data: str = ""
+
+    def run(self, model: Model, edit: Editor) -> None:
+        """Prune the main graph's channels. Raises UsageError for a share that is none."""
+        if not 0 <= self.share < 1:
+            raise UsageError(f"share {self.share}: it is 0 or more, and below 1")
+        if not self.share:
+            return
+        from graphopt.passes.prune.channels import Choice, choose, prune_channels, steps
+        from graphopt.passes.prune.costs import Work
+        from graphopt.passes.prune.fitting import Settings
+        from graphopt.passes.prune.groups import groups_of
+        from graphopt.passes.prune.importance import observed, ranking, unit_scores
+
+        groups = groups_of(edit)
+        with _Copy(model, self.data) as copy:
+            seen = copy.sweep({*observed(groups, self.importance), *_sizes(model)})
+            shapes = {} if seen is None else {v: seen.shape(v).first for v in seen.values}
+            choices = []
+            for group in groups:
+                scores = unit_scores(edit, group, self.importance, seen)
+                order = ranking(scores)
+                lost = scores[list(order)].cumsum() / max(float(scores.sum()), math.ulp(0.0))
+                harm = _harm(lost)
+                choices.append(Choice(group, steps(group), harm, order))
+            cut = choose(choices, Work(edit, groups, shapes), self.share)
+            prune_channels(copy.model(), edit, cut, copy.feeds, Settings(self.recover))
+
+
+def _harm(lost: Any) -> Callable[[int], float]:
+    """The share of a group's importance that its first units have."""
+    return lambda count: float(lost[count - 1]) if count else 0.0
+
+
+def _sizes(model: Model) -> set[Observer]:
+    """What products read, of which sizes have to be known."""
+    from graphopt.statistics import Observer
+
+    nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
+    read = {v for node in nodes for v in node.inputs if v is not None and not fixed(v)}
+    return {Observer(value.name, "moving-average") for value in read}
+
+
+class _Copy:
+    """The model as it was before the pass, on disk, with the feeds that came with it."""
+
+    def __init__(self, model: Model, data: str) -> None:
+        self._folder = TemporaryDirectory(prefix="graphopt-")
+        self._path = Path(self._folder.name) / "model.onnx"
+        self._data = data
+        exporter.save(model, self._path)
+
+    def model(self) -> Model:
+        """The copy, loaded."""
+        return Model.load(self._path)
+
+    @property
+    def feeds(self) -> Callable[[], Iterator[Feed]] | None:
+        """The feeds, anew at each call; None without data."""
+        return self._given if self._data else None
+
+    def _given(self) -> Iterator[Feed]:
+        from graphopt.data import given_feeds
+        from graphopt.runtime import Session
+
+        with Session(self._path) as session:
+            yield from given_feeds(self._data, session)
+
+    def sweep(self, wanted: set[Observer]) -> Statistics | None:
+        """What the feeds show; None without data."""
+        from graphopt.statistics import sweep
+
+        return sweep(self._path, self._given(), wanted) if self._data else None
+
+    def __enter__(self) -> _Copy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
