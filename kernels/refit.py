@@ -19,6 +19,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 _STEPS: Final = 100  # of conjugate gradients, at most
+_SLOWER: Final = 20  # times: many small factorisations than products of whole matrices
 _TOLERANCE: Final = 1e-5  # of their residual, relative to where they started
 _LEAST_VARIANCE: Final = 1e-6  # of what it should be: an output with less has lost its weights
 _LARGEST_SCALE: Final = 4.0
@@ -81,7 +82,7 @@ def _solved(a: Floats, right: Floats, free: Array, first: Floats) -> Floats:
     patterns, which = np.unique(np.packbits(free, axis=1), axis=0, return_inverse=True)
     sizes = kept[np.unique(which, return_index=True)[1]]
     direct = float(np.sum(sizes.astype(np.float64) ** 3)) / 3
-    if direct > 2.0 * _STEPS * free.size * len(a):
+    if _SLOWER * direct > 2.0 * _STEPS * free.size * len(a):
         return _conjugate_gradients(a, right, free, first)
     found = np.zeros_like(right)
     for pattern in range(len(patterns)):
