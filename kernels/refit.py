@@ -59,8 +59,10 @@ def masked_least_squares(
     first[:, :features] = np.where(mask, start, 0)
     right = np.array(cross[:size].T, np.float64)
     right[:, :features] += penalty * first[:, :features]
-    if penalty == 0:  # nothing was ever read: there is nothing to learn
-        return Fit(first[:, :features], first[:, features] if has_bias else None)
+    if penalty == 0:  # nothing but zeros was read: all that can be learned are means
+        weights = first[:, :features]
+        left = cross[-1] - weights @ matrix[-1, :features]
+        return Fit(weights, left / max(1.0, float(matrix[-1, -1])) if has_bias else None)
     found = _solved(a, right, free, first)
     return Fit(found[:, :features], found[:, features] if has_bias else None)
 

@@ -1,4 +1,4 @@
-"""Streaming moments and im2col: against numpy in one go and ONNX's reference convolution."""
+"""Streaming moments, regressions and im2col: against numpy and ONNX's reference convolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from graphopt.kernels import moments as module
-from graphopt.kernels.moments import Gram, Moments, unfold
+from graphopt.kernels.moments import Gram, Moments, Regression, unfold
 
 Array = NDArray[Any]
 
@@ -158,3 +158,69 @@ def test_a_convolution_is_a_product_with_unfolded_rows(
 def test_a_kernel_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="larger"):
         unfold(np.zeros((1, 1, 2, 5), np.float32), (3, 3))
+
+
+# -- regressions -----------------------------------------------------------------------------------
+
+
+def same(found: Regression, x: Array, y: Array) -> None:
+    """What is known of rows and targets, against numpy on all of them."""
+    wide, y = np.column_stack([x, np.ones(len(x))]).astype(np.float64), y.astype(np.float64)
+    close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+    assert found.count == len(x)
+    np.testing.assert_allclose(found.matrix, wide.T @ wide, **close)
+    np.testing.assert_allclose(found.cross, wide.T @ y, **close)
+    np.testing.assert_allclose(found.energy, np.square(y).sum(axis=0), **close)
+    if len(x):
+        np.testing.assert_allclose(found.variance, y.var(axis=0), rtol=1e-9, atol=1e-12)
+
+
+@given(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=3), st.integers(0, 2**32 - 1))
+def test_regressions_of_batches_merged_are_that_of_all(n: int, cuts: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = (rng.standard_normal((n, size)).astype(np.float32) for size in (4, 3))
+    parts = [Regression(4, 3) for _ in range(len(cuts) + 1)]
+    for each, rows, targets in zip(parts, split(x, cuts), split(y, cuts), strict=True):
+        each.add(rows, targets)
+    merged = parts[0]
+    for other in parts[1:]:
+        merged.merge(other)
+    same(merged, x, y)
+
+
+def test_regressions_of_rows_in_chunks_and_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 15)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 9, 4)), rng.standard_normal((2, 9, 3)).astype(np.float16)
+    found = Regression(4, 3)
+    found.add(x, y)
+    same(found, x.reshape(-1, 4), y.reshape(-1, 3))
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+def test_many_regressions_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((5, 11, 4)).astype(np.float32), rng.standard_normal((5, 11, 2))
+    states = [Regression(4, 2) for _ in range(5)]
+    Regression.add_all(states, x[:, :7], y[:, :7])
+    Regression.add_all(states, x[:, 7:], y[:, 7:])
+    for state, rows, targets in zip(states, x, y, strict=True):
+        same(state, rows, targets)
+
+
+def test_an_output_that_does_not_vary_has_no_variance_below_zero() -> None:
+    found = Regression(1, 1)
+    found.add(np.zeros((7, 1)), np.full((7, 1), 0.1))
+    assert 0 <= found.variance[0] < 1e-15
+
+
+def test_regressions_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"rows \(2, 3\) and targets \(2, 2\)"):
+        Regression(4, 2).add(np.zeros((2, 3)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"rows \(2, 4\) and targets \(3, 2\)"):
+        Regression(4, 2).add(np.zeros((2, 4)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="targets"):
+        Regression(4, 2).add(np.zeros((2, 4)), np.zeros((2, 5)))
+    with pytest.raises(ValueError, match="regressions"):
+        Regression(4, 2).merge(Regression(4, 3))
