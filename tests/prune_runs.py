@@ -56,9 +56,8 @@ def weighted(text: str, opset: int = 17, seed: int = 0) -> onnx.ModelProto:
 def correlated(shape: Sequence[int], count: int = 6, seed: int = 0) -> list[dict[str, Array]]:
     """Feeds "x" whose features few directions make up, so that weights can stand for others."""
     size = int(np.prod(shape[1:]))
-    mixing = (
-        np.random.default_rng(7).standard_normal((max(2, size // 8), size)) / (size // 8) ** 0.5
-    )
+    few = max(2, size // 8)
+    mixing = np.random.default_rng(7).standard_normal((few, size)) / few**0.5
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Layers fitted one after another: what recovery gains, what it leaves alone, and every geometry."""
+"""Layers fitted one after another: what that gains, what is left alone, and every geometry."""
 
 from __future__ import annotations
 
