@@ -139,7 +139,7 @@ def _request(wanted: PruneWanted, common: Mapping[str, Any]) -> PruneRequest:
         sparsity=sparsity,
         pattern=wanted.pattern,
         threshold=wanted.threshold,
-        importance=wanted.weight_importance(),
+        importance=wanted.weight_importance(data),
         channels=channels,
         unit_importance=wanted.unit_importance(data),
         recovery=wanted.recovery(data),

@@ -53,9 +53,10 @@ class PruneWanted:
         """Of zeros, and of MACs that go with channels."""
         return share("sparsity", self.sparsity), share("channels", self.channels)
 
-    def weight_importance(self) -> Importance:
-        """By which single weights are chosen."""
-        return next((each for each in IMPORTANCES if each == self.importance), "lamp")
+    def weight_importance(self, data: str | None) -> Importance:
+        """By which single weights are chosen: by what layers read where there is data."""
+        given = next((each for each in IMPORTANCES if each == self.importance), None)
+        return given or ("lamp" if data is None else "obs")
 
     def unit_importance(self, data: str | None) -> UnitImportance:
         """By which channels are chosen: by activations where there is data."""

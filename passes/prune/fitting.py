@@ -40,13 +40,17 @@ Score = Callable[[Array, Array], Array]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to fit, and what the models run with. `memory` is for values between layers, in bytes."""
+    """How to fit, and what the models run with. `memory` is for values between layers, in bytes.
+
+    Without `adds_biases` layers that have none are fitted without one.
+    """
 
     recovery: Recovery = "lsq"
     ridge: float = RIDGE
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
     memory: int = 256 << 20
+    adds_biases: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def fit(
             seen = _observed(layer, target, pruned, whole)
             mask = masks.get(layer.root, np.ones(layer.shape, np.bool_))
             task = _Task(layer, target, mask, _bias(original, target), seen)
-            fits = task.fitted(settings.recovery, settings.ridge)
+            fits = task.fitted(settings)
             found.layers.append(task.account(fits, settings))
             _store(edit, layer, fits, _constant(original, target))
             if score is not None and seen:
@@ -159,9 +163,11 @@ class _Task:
     bias: Array
     seen: Sequence[Regression]
 
-    def fitted(self, recovery: Recovery, ridge: float) -> list[Fit]:
+    def fitted(self, settings: Settings) -> list[Fit]:
         """New weights and biases of each group."""
-        start, has_bias = np.asarray(self.layer.matrix(), np.float64), self.layer.bias is not None
+        recovery, ridge, place = settings.recovery, settings.ridge, self.layer.bias
+        has_bias = place is not None and (settings.adds_biases or place.value is not None)
+        start = np.asarray(self.layer.matrix(), np.float64)
         fits = []
         for number, part in enumerate(self.layer.parts()):
             plain = Fit(np.where(self.mask[part], start[part], 0), self.bias[part])

@@ -21,6 +21,7 @@ from graphopt.errors import UsageError
 from graphopt.ir import Model, Value
 from graphopt.kernels import masks, saliency
 from graphopt.passes.linear import linear_layers
+from graphopt.passes.prune import branches as branching
 from graphopt.passes.prune.fitting import LayerFit, Score, Settings, fit, mask_layer
 from graphopt.runtime import Feed
 
@@ -120,17 +121,39 @@ def prune_weights(
     `edit` is of a copy of `dense`. Taken are all float32 weights of convolutions and products, and
     of recurrent operators, which are only masked. Where weights are fitted, those that go are
     chosen in several rounds of fitting, each of which halves what is left: one weight may take the
-    place of another. Raises UsageError where scores need feeds and there are none.
+    place of another. Layers in the branch that an If takes on all feeds are fitted as well. Raises
+    UsageError where scores need feeds and there are none.
     """
     if feeds is None and how.needs_data:
         raise UsageError(f"importance {how.importance}: it needs feeds: --data")
-    candidates = _Candidates(edit)
+    branches = branching.taken(dense, feeds, settings) if feeds is not None else {}
+    if not branches:
+        return _pruned(dense, edit, _Candidates(edit), how, feeds, settings, progress)
+    flat = Editor(branching.flattened(edit.model, branches))
+    settings = replace(settings, adds_biases=False)
+    candidates = _Candidates(flat, edit)
+    dense = branching.flattened(dense, branches)
+    found = _pruned(dense, flat, candidates, how, feeds, settings, progress)
+    candidates.hand_back()
+    return found
+
+
+def _pruned(
+    dense: Model,
+    edit: Editor,
+    candidates: _Candidates,
+    how: Sparsity,
+    feeds: Feeds | None,
+    settings: Settings,
+    progress: Callable[[float], None] | None,
+) -> Pruned:
     rounds = _rounds(how) if feeds is not None and settings.recovery == "lsq" else [how]
     score = _SCORES.get(how.importance)
     scores: dict[str, Array] = {}
     if feeds is not None and score is not None:
         plain = replace(settings, recovery="none")
-        scores = fit(dense, edit, {}, feeds, plain, score=score, progress=progress).scores
+        first = fit(dense, edit, {}, feeds, plain, only=candidates.only, score=score)
+        scores = first.scores
     layers: list[LayerFit] = []
     seen = 0
     for number, each in enumerate(rounds):
@@ -144,9 +167,10 @@ def prune_weights(
             if progress is not None:
                 progress((number + done) / len(rounds))
 
-        found = fit(dense, edit, chosen, feeds, settings, score=score, progress=share)
+        options: dict[str, Any] = {"only": candidates.only, "score": score, "progress": share}
+        found = fit(dense, edit, chosen, feeds, settings, **options)
         layers, scores, seen = found.layers, found.scores, found.feeds
-        candidates = _Candidates(edit)
+        candidates.refresh()
     kept = sum(int(np.count_nonzero(mask)) for mask in chosen.values())
     total = sum(mask.size for mask in chosen.values())
     edit.record(RULE, next(iter(chosen), ""), f"{total} weights", f"{kept} weights")
@@ -163,13 +187,42 @@ def _rounds(how: Sparsity) -> list[Sparsity]:
 
 
 class _Candidates:
-    """All weights that can go, as matrices by name: of layers by root, others by their own."""
+    """All weights that can go, as matrices by name: of layers by root, others by their own.
 
-    def __init__(self, edit: Editor) -> None:
+    Where `edit` is of a copy that shows layers in branches, `whole` is of the model itself.
+    """
+
+    def __init__(self, edit: Editor, whole: Editor | None = None) -> None:
         self._edit = edit
-        self.layers = {layer.root: layer for layer in linear_layers(edit)}
-        known = {layer.weights for layer in self.layers.values()}
-        self.others = {v.name: v for v in edit.model.graph.initializers if _can_go(v, known)}
+        self._whole = whole or edit
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the weights as they are now."""
+        there = self._whole.model.graph.values
+        layers = {layer.root: layer for layer in linear_layers(self._edit)}
+        if self._whole is not self._edit:  # weights in a branch's own initializers stay
+            layers = {root: each for root, each in layers.items() if each.weights.name in there}
+        self.layers = layers
+        known = {there[layer.weights.name] for layer in layers.values()}
+        initializers = self._whole.model.graph.initializers
+        self.others = {v.name: v for v in initializers if _can_go(v, known)}
+
+    @property
+    def only(self) -> set[str] | None:
+        """The layers that may be fitted; None for all of them."""
+        return None if self._whole is self._edit else set(self.layers)
+
+    def hand_back(self) -> None:
+        """Give the model itself the weights and biases of the copy's layers."""
+        there = self._whole.model.graph.values
+        for layer in self.layers.values():
+            bias = None if layer.bias is None else layer.bias.value
+            for value in (layer.weights, bias):
+                own = None if value is None else there.get(value.name)
+                if value is not None and value.weight is not None and own is not None:
+                    array = np.ascontiguousarray(value.weight.values)
+                    self._whole.set_weight(own, onnx.numpy_helper.from_array(array, own.name))
 
     def masks(self, how: Sparsity, scores: Mapping[str, Array]) -> dict[str, Array]:
         """True where a weight stays, by name, [M, K]."""
@@ -250,7 +303,10 @@ class _Candidates:
             weight = value.weight
             assert weight is not None
             kept = np.where(chosen[name].reshape(weight.shape), weight.values, np.float32(0))
-            self._edit.set_weight(value, onnx.numpy_helper.from_array(kept, name))
+            seen = self._edit.model.graph.values.get(name)
+            for edit, each in ((self._whole, value), (self._edit, seen)):
+                if each is not None and each.weight is not None:
+                    edit.set_weight(each, onnx.numpy_helper.from_array(kept, name))
 
 
 def _can_go(value: Value, known: Collection[Value]) -> bool:
