@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,12 @@ class Bench:
     folder: Path
     results: Results
     sets: EvaluationSet | None = None
+    searches: dict[Any, Pruning] = field(default_factory=dict)
+
+    def search(self, request: PruneRequest) -> Pruning:
+        """A search of its own, in a folder of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        return Pruning(self.source, self.lossless, request, folder, lambda *_: None)
 
     @functools.cached_property
     def lossless(self) -> Path:
@@ -218,13 +224,16 @@ def pruned(
         pattern = Pattern.of(row.pattern) if row.pattern else Pattern()
         asked |= {"sparsity": row.share, "pattern": pattern, "importance": importance}
     request = PruneRequest(recovery=recover, force=True, **asked)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        place = Path(folder)
-        outcome = Pruning(bench.source, bench.lossless, request, place, lambda *_: None).run()
-    if not outcome.trials:
-        raise LookupError(outcome.reason)
-    trial = outcome.trials[-1]
-    return trial.recipe, outcome.shares[trial.name]
+    if row.kind != "channels":
+        search = bench.search(request)
+        trial = search.trial(sparsity=row.share)
+    else:  # what channels tell is measured once for all shares
+        way = data, importance, recover
+        search = bench.searches.setdefault(way, bench.search(request))
+        trial = search.trial(channels=row.share)
+    if trial is None:
+        raise LookupError("there are no channels in it that can go")
+    return trial.recipe, search.share(trial)
 
 
 def cut_evenly(
@@ -277,7 +286,7 @@ def measure_row(bench: Bench, table: str, row: Row, seeds: int) -> None:
     is_cut = even or row.kind == "channels"
 
     def fitted(seed: int) -> Cell:
-        importance = "activation" if is_cut else "lamp"
+        importance = "activation" if is_cut else "obs"
         recipe, gone = make(bench, row, bench.data(seed), importance, "lsq")
         same = bench.score_recipe(unfitted(recipe, bench.lossless))["score"]
         return bench.score_recipe(recipe) | {"gone": gone, "same": same}

@@ -298,7 +298,7 @@ is really gone, "file" the bytes of the pruned file over those of the lossless o
 mean over seeds that draw what is fitted on, ± its standard error over these seeds, and "SE of
 samples" that of one score by drawing evaluation samples again (of a share sqrt(p (1 - p) / n)).
 
-- recovery: `importance="lamp"` or `"activation"`, `recover="lsq"`
+- recovery: `importance="obs"` or `"activation"`, `recover="lsq"`
 - its zeros or its cut, unfitted: the same weights go, those that stay are the model's own
 - recovery none: `importance="lamp"`, `recover="none"`, without data
 - global magnitude: `importance="magnitude"`, `recover="none"`, without data

@@ -120,6 +120,7 @@ class Pruning:
         self._shares: dict[str, float] = {}
         self._macs: dict[str, float] = {}
         self._costs: NodeCosts | None = None
+        self._attempt: Callable[[float], Trial[PruneRecipe] | None] | None = None
         self._feeds = 0
 
     def run(self) -> PruneOutcome:
@@ -203,20 +204,26 @@ class Pruning:
 
     # -- channels ----------------------------------------------------------------------------------
 
+    def trial(
+        self, *, channels: float | None = None, sparsity: float | None = None
+    ) -> Trial[PruneRecipe] | None:
+        """One candidate of these shares, judged and not timed; None where nothing can go.
+
+        What channels tell is measured once, however many shares are tried.
+        """
+        with self._selection.judge:
+            if channels is not None:
+                return self._attempts()(channels)
+            assert sparsity is not None
+            return self._sparse(self._lossless, (), None, sparsity)
+
+    def share(self, trial: Trial[PruneRecipe]) -> float:
+        """Of the MACs, or of the weights, that are gone in a candidate."""
+        return self._shares[trial.name]
+
     def _channels(self, share: Share) -> Trial[PruneRecipe] | None:
         """The candidate with channels out; of several that are good the fastest."""
-        edit = Editor(Model.load(self._lossless))
-        groups = groups_of(edit)
-        if not groups:
-            return None
-        seen = self._observed(groups)
-        work = Work(edit, groups, self._shapes())
-        choices = self._choices(edit, groups, seen)
-        ms = None if self._costs is None else node_times(edit, self._costs)
-
-        def attempt(part: float) -> Trial[PruneRecipe] | None:
-            return self._cut(edit, groups, choices, work, part, ms)
-
+        attempt = self._attempts()
         if share != AUTO:
             return attempt(share)
         self._largest(CHANNELS, attempt)
@@ -225,6 +232,25 @@ class Pruning:
             return None
         self._selection.race(good)
         return max(good, key=self._selection.speed)
+
+    def _attempts(self) -> Callable[[float], Trial[PruneRecipe] | None]:
+        """Makes the candidate of a share of the MACs."""
+        if self._attempt is None:
+            self._attempt = self._prepared()
+        return self._attempt
+
+    def _prepared(self) -> Callable[[float], Trial[PruneRecipe] | None]:
+        """Measure what channels tell and cost."""
+        edit = Editor(Model.load(self._lossless))
+        groups = groups_of(edit)
+        if not groups:
+            return lambda share: None
+        seen = self._observed(groups)
+        work = Work(edit, groups, self._shapes())
+        choices = self._choices(edit, groups, seen)
+        self._costs = self._costs or self._profile(self._lossless)
+        ms = node_times(edit, self._costs)
+        return lambda share: self._cut(edit, groups, choices, work, share, ms)
 
     def _cut(
         self,
