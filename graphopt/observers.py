@@ -60,7 +60,7 @@ class Patches:
             return f"a kernel of {len(self.kernel)} axes reads no shape {list(shape)}"
         if shape[1] % self.group:
             return f"{self.group} groups do not divide {shape[1]} channels"
-        return "the kernel does not fit" if shape[0] and min(self._out(shape)) < 1 else ""
+        return "the kernel does not fit" if shape[0] and min(self.out(shape)) < 1 else ""
 
     def features(self, channels: int) -> int:
         """Columns of the rows of one group."""
@@ -78,17 +78,19 @@ class Patches:
         along = [(0, 0)] * x.ndim
         along[2] = pads[0], pads[axes]
         pads[0] = pads[axes] = 0
-        out = self._out(x.shape)
+        out = self.out(x.shape)
         row = x.shape[1] * math.prod(self.kernel) * math.prod(out[1:])
         step = max(1, _UNFOLDED // row)
-        for sample in range(len(x)):
-            padded = np.pad(x[sample : sample + 1], along)
+        at_once = max(1, step // out[0])  # samples
+        for sample in range(0, len(x), at_once):
+            padded = np.pad(x[sample : sample + at_once], along)
             for start in range(0, out[0], step):
                 last = min(start + step, out[0]) - 1
                 strip = padded[:, :, start * strides[0] : last * strides[0] + extent]
                 yield unfold(strip, self.kernel, strides, pads, self.dilations, self.group)
 
-    def _out(self, shape: tuple[int, ...]) -> list[int]:
+    def out(self, shape: tuple[int, ...]) -> list[int]:
+        """The spatial sizes of the convolution's result."""
         axes = len(self.kernel)
         return [
             (shape[2 + i] + self.pads[i] + self.pads[axes + i] - (k - 1) * d - 1) // s + 1

@@ -23,7 +23,7 @@ from graphopt.operators import MACS
 from graphopt.passes.prune import importance as units_by
 from graphopt.passes.prune.channels import Choice, Harm, choose, column_masks, power_law, steps
 from graphopt.passes.prune.costs import Work
-from graphopt.passes.prune.fitting import LayerFit, Recovery, Settings, fit
+from graphopt.passes.prune.fitting import LayerFit, Recovery, Settings, fit, grams
 from graphopt.passes.prune.groups import Group, groups_of
 from graphopt.passes.prune.importance import UnitImportance, ranking, unit_scores
 from graphopt.passes.prune.recipe import PruneRecipe, Stage
@@ -53,7 +53,7 @@ class PruneRequest(Asked):
     threshold: float | None = None
     importance: Importance = "lamp"
     channels: Share | None = None
-    unit_importance: UnitImportance = "activation"
+    unit_importance: UnitImportance = "obs"
     recovery: Recovery = "lsq"
 
     @property
@@ -347,16 +347,30 @@ class Pruning:
         self, edit: Editor, groups: Sequence[Group], seen: Statistics | None
     ) -> list[Choice]:
         """What can be chosen, with the harm that was measured of every group alone."""
+        known = self._grams(edit, groups)
         found = []
         for number, group in enumerate(groups):
             self._tell("measuring what channels tell", number / len(groups))
             counts = steps(group)
             if not counts:
                 continue
-            scores = unit_scores(edit, group, self._request.unit_importance, seen)
+            by = self._request.unit_importance
+            scores = unit_scores(edit, group, by, seen, known)
             order = ranking(scores)
             found.append(Choice(group, counts, self._harm(edit, groups, group, order), order))
         return found
+
+    def _grams(self, edit: Editor, groups: Sequence[Group]) -> dict[str, Any]:
+        """Gram matrices of what the groups' readers read, where their choice needs them."""
+        roots = units_by.readers_of(edit, groups, self._request.unit_importance)
+        feeds = self._fit_feeds()
+        if not roots or feeds is None:
+            return {}
+
+        def tell(done: float) -> None:
+            self._tell("seeing what channels tell", done)
+
+        return grams(Model.load(self._lossless), roots, feeds, self._settings, tell)
 
     def _harm(
         self, edit: Editor, groups: Sequence[Group], group: Group, order: Sequence[int]

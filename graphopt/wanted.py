@@ -59,9 +59,9 @@ class PruneWanted:
         return given or ("lamp" if data is None else "obs")
 
     def unit_importance(self, data: str | None) -> UnitImportance:
-        """By which channels are chosen: by activations where there is data."""
+        """By which channels are chosen: by what their readers lose where there is data."""
         given = next((each for each in UNIT_IMPORTANCES if each == self.importance), None)
-        return given or ("l2" if data is None else "activation")
+        return given or ("l2" if data is None else "obs")
 
     def recovery(self, data: str | None) -> Recovery:
         """How what is left is fitted: not at all without data."""
@@ -89,6 +89,7 @@ class PruneWanted:
         if self.importance is not None:
             known: list[str] = [*(IMPORTANCES if self.wants_zeros else ())]
             known += UNIT_IMPORTANCES if self.channels is not None else ()
+            known = list(dict.fromkeys(known))
             if self.importance not in known:
                 raise UsageError(
                     f"importance {self.importance!r}: there are {', '.join(known)} for this"

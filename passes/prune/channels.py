@@ -118,8 +118,8 @@ def choose(
 ) -> Cut:
     """Take units until a share of all MACs is gone, always where most is won for the harm.
 
-    What is won is measured time (`ms` of each node), MACs without it. The last step may go beyond
-    the share; where no units are left the cut is what there was.
+    What is won is measured time (`ms` of each node), MACs without it. Steps are coarse: the last
+    one is left out where that comes closer to the share, unless it is the only one.
     """
     taken = {choice.group.root: 0 for choice in choices}
     goal = (1 - share) * work.total
@@ -142,7 +142,11 @@ def choose(
                 best = worth, root, count
         if best is None:
             break
-        taken[best[1]] = best[2]
+        after = {**taken, best[1]: best[2]}
+        short, beyond = work.macs(taken) - goal, goal - work.macs(after)
+        if beyond > short and any(taken.values()):
+            break
+        taken = after
     order = {choice.group.root: choice.order for choice in choices}
     return {root: tuple(sorted(order[root][:n])) for root, n in taken.items() if n}
 

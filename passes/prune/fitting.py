@@ -6,7 +6,7 @@ one: each layer makes up for what was lost before it as well as for its own weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -32,6 +32,7 @@ RECOVERIES: Final[tuple[Recovery, ...]] = ("lsq", "moments", "none")
 RIDGE: Final = 1e-2  # of the mean square of what a layer reads
 _ROWS: Final = 16384  # of a layer's inputs that are enough for any, and for each feature
 _ROWS_PER_FEATURE: Final = 20
+_BATCH: Final = 4096  # rows that are multiplied at a time
 _LEAST_SIGNAL: Final = 1e-30  # a variance: an output that varies less is constant
 
 Score = Callable[[Array, Array], Array]
@@ -49,7 +50,7 @@ class Settings:
     ridge: float = RIDGE
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
-    memory: int = 256 << 20
+    memory: int = 64 << 20
     adds_biases: bool = True
 
 
@@ -137,17 +138,79 @@ def mask_layer(edit: Editor, layer: Layer, mask: Array) -> None:
     _set(edit, layer.weights, layer.stored(np.where(mask, layer.matrix(), np.float32(0))))
 
 
+def grams(
+    model: Model,
+    roots: Collection[str],
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Settings,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Array]:
+    """Gram matrices [K, K] of what linear layers of one group read, by root."""
+    layers = [each for each in linear_layers(Editor(model)) if each.root in roots]
+    options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
+    found = {}
+    with Relay(model, feeds(), [each.source for each in layers], **options) as relay:
+        for number, layer in enumerate(layers):
+            if progress is not None:
+                progress(number / len(layers))
+            values = relay.values(layer.source)
+            seen = _regressed(layer, ((x, None) for x in values), relay.feeds)
+            if seen:
+                found[layer.root] = seen[0].matrix[:-1, :-1]
+    return found
+
+
 def _observed(layer: Layer, target: Layer, pruned: Relay, whole: Relay) -> list[Regression]:
-    """The regressions of one layer; neighbouring rows tell the same, so that some are enough."""
+    """The regressions of one layer on the dense one's results."""
+    return _regressed(layer, paired(pruned, layer.source, whole, target.result), pruned.feeds)
+
+
+def _regressed(
+    layer: Layer, pairs: Iterable[tuple[Array, Array | None]], feeds: int
+) -> list[Regression]:
+    """Regressions of what a layer reads on its targets; on zeros where there are none.
+
+    Neighbouring rows tell the same, so that some are enough; small feeds are put together.
+    """
     observer = layer.observer("regression")
     seen = Statistics([observer])
     most = max(_ROWS, _ROWS_PER_FEATURE * layer.shape[1])
     every = 0
-    for x, y in paired(pruned, layer.source, whole, target.result):
-        if x.size and y.size:
-            every = every or max(1, y.size // layer.shape[0] * pruned.feeds // most)
-            seen.regress(observer, x, y, every)
+    for x, y, count in _together(layer, pairs):
+        rows = y.size // y.shape[layer.channel_axis]
+        every = every or max(1, rows * feeds // count // most)
+        seen.regress(observer, x, y, every)
     return seen.regressions(observer) if observer in seen else []
+
+
+def _together(
+    layer: Layer, pairs: Iterable[tuple[Array, Array | None]]
+) -> Iterator[tuple[Array, Array, int]]:
+    """Neighbouring feeds as one, up to some thousand rows; and how many they are."""
+    xs: list[Array] = []
+    ys: list[Array] = []
+    for x, y in pairs:
+        if y is None:
+            y = np.zeros(_shape_of_one(layer, x.shape), np.float32)
+        if layer.patches is None:
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if not x.size or not y.size:
+            continue
+        rows = sum(each.size // each.shape[layer.channel_axis] for each in ys)
+        if xs and (rows >= _BATCH or xs[0].shape[1:] != x.shape[1:]):
+            yield np.concatenate(xs), np.concatenate(ys), len(xs)
+            xs, ys = [], []
+        xs.append(x)
+        ys.append(y)
+    if xs:
+        yield np.concatenate(xs), np.concatenate(ys), len(xs)
+
+
+def _shape_of_one(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What a layer with one output would give."""
+    if layer.patches is None:
+        return (*shape[:-1], 1)
+    return (shape[0], 1, *layer.patches.out(shape))
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,21 @@ class PruneChannels:
             return
         from graphopt.passes.prune.channels import Choice, choose, prune_channels, steps
         from graphopt.passes.prune.costs import Work
-        from graphopt.passes.prune.fitting import Settings
+        from graphopt.passes.prune.fitting import Settings, grams
         from graphopt.passes.prune.groups import groups_of
-        from graphopt.passes.prune.importance import observed, ranking, unit_scores
+        from graphopt.passes.prune.importance import observed, ranking, readers_of, unit_scores
 
         groups = groups_of(edit)
         with _Copy(model, self.data) as copy:
             seen = copy.sweep({*observed(groups, self.importance), *_sizes(model)})
             shapes = {} if seen is None else {v: seen.shape(v).first for v in seen.values}
+            known = {}
+            roots = readers_of(edit, groups, self.importance)
+            if roots and copy.feeds is not None:
+                known = grams(copy.model(), roots, copy.feeds, Settings())
             choices = []
             for group in groups:
-                scores = unit_scores(edit, group, self.importance, seen)
+                scores = unit_scores(edit, group, self.importance, seen, known)
                 order = ranking(scores)
                 lost = scores[list(order)].cumsum() / max(float(scores.sum()), math.ulp(0.0))
                 harm = _harm(lost)
