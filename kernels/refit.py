@@ -125,15 +125,18 @@ def _conjugate_gradients(a: Floats, right: Floats, free: Array, first: Floats) -
 def match_moments(matrix: Array, cross: Array, energy: Array, plain: Fit) -> Fit:
     """Weights scaled and biases moved so that each output keeps mean and variance.
 
+    Without a bias no mean can be put right, and a scale moves it: the mean square is kept then.
+
     What taking weights out does to a layer on average, undone without fitting anything (as after
     Finkelstein et al., arXiv:1906.03193, for rounding). Arguments as in `squared_error`; an output
     that does not vary keeps its scale, and no scale grows beyond `_LARGEST_SCALE`.
     """
     count, features = matrix[-1, -1], plain.weights.shape[1]
-    mean_x = matrix[-1, :features] / count
+    centred = float(plain.bias is not None)
+    mean_x = centred * matrix[-1, :features] / count
     covariance = matrix[:features, :features] / count - np.outer(mean_x, mean_x)
     given = np.einsum("mk,mk->m", plain.weights @ covariance, plain.weights)
-    mean_y = cross[-1] / count
+    mean_y = centred * cross[-1] / count
     wanted = np.maximum(energy / count - np.square(mean_y), 0)
     varies = given > _LEAST_VARIANCE * np.maximum(wanted, np.finfo(np.float64).tiny)
     ratio = np.divide(wanted, given, out=np.ones_like(wanted), where=varies)

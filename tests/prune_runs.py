@@ -20,7 +20,7 @@ from graphopt.timing import PairedTiming, Ratio, Timing
 Array = NDArray[Any]
 DIGITS = Path(__file__).resolve().parent.parent / "models" / "digits"
 DATA = f"{__file__}:feeds"
-FEEDS = 6
+FEEDS = 5
 
 # All that can be fitted: convolutions with and without bias, grouped and depthwise, both products.
 NET = (
@@ -99,8 +99,8 @@ def output_error(source: Editor | Model, proto: onnx.ModelProto, feeds: Any) -> 
 def feeds() -> Iterator[dict[str, Any]]:
     """Digits to calibrate on, some at a time."""
     with np.load(DIGITS / "calibration.npz") as data:
-        for start in range(0, FEEDS * 32, 32):
-            yield {"image": data["image"][start : start + 32]}
+        for start in range(0, FEEDS * 16, 16):
+            yield {"image": data["image"][start : start + 16]}
 
 
 def timed(ratio: float) -> Callable[..., PairedTiming]:

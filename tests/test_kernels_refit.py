@@ -308,14 +308,24 @@ def test_means_and_variances_come_back() -> None:
         np.testing.assert_allclose(ratios, ratios[0])
 
 
-def test_without_a_bias_the_variance_comes_back() -> None:
+def test_without_a_bias_the_mean_square_comes_back() -> None:
     p = problem(rows=500)
-    weights = np.where(p.mask, p.start, 0)
-    y = 1.5 * (p.x @ weights.T) + 7
+    plain = Fit(np.where(p.mask, p.start, 0), None)
+    y = p.y / np.sqrt(np.square(p.y).mean(axis=0)) * np.linspace(0.5, 2, 5)
     p = given_rows(p.x, y, p.mask, p.start)
-    found = matched(p, Fit(weights, None))
+    found = matched(p, plain)
     assert found.bias is None
-    np.testing.assert_allclose(found.weights, 1.5 * weights)
+    given = p.x @ found.weights.T
+    np.testing.assert_allclose(np.square(given).mean(axis=0), np.square(y).mean(axis=0))
+
+
+def test_a_mean_is_not_scaled_away_where_nothing_puts_it_right() -> None:
+    rng = np.random.default_rng(0)
+    x = 20 + rng.standard_normal((500, 4))
+    y = x.sum(axis=1, keepdims=True) + 6 * rng.standard_normal((500, 1))  # ten times the variance
+    p = given_rows(x, y, np.ones((1, 4), bool), np.ones((1, 4)))
+    np.testing.assert_allclose(matched(p, Fit(p.start, None)).weights, p.start, rtol=0.01)
+    assert (matched(p, Fit(p.start, np.zeros(1))).weights > 2.5).all()
 
 
 def test_no_scale_grows_without_bounds() -> None:
