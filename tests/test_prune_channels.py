@@ -398,7 +398,6 @@ def test_no_cut_is_no_change() -> None:
     assert exporter.to_proto(edit.model) == weighted(BIASED)
 
 
-@pytest.mark.xfail(strict=True, reason="the new bias is not cut: groups are found before it")
 def test_a_layer_that_gets_a_bias_on_the_way() -> None:
     edit, _ = cut_out(data=correlated(SHAPE), text=NET)
     with Session(exporter.to_proto(edit.model).SerializeToString()) as session:

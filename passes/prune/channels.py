@@ -74,6 +74,7 @@ def prune_channels(
     if feeds is not None:
         masks = column_masks(edit, list(groups.values()), cut)
         layers = fit(dense, edit, masks, feeds, settings, progress=progress).layers
+        groups = {group.root: group for group in groups_of(edit)}  # with the biases that came up
     take_out(edit, list(groups.values()), cut)
     return layers
 
