@@ -64,7 +64,7 @@ def prune_account(
         bytes_original=sizes.original,
         bytes_lossless=sizes.lossless,
         candidates=[_trial(outcome, each) for each in outcome.trials],
-        notes=[NO_SPEED] if request.wants_zeros else [],
+        notes=[*outcome.notes, *([NO_SPEED] if request.wants_zeros else [])],
         **more,
     )
 

@@ -89,6 +89,7 @@ class PruneOutcome:
     groups: Mapping[str, list[GroupCut]]
     shares: Mapping[str, float]
     macs: Mapping[str, float]
+    notes: Sequence[str]
     costs: NodeCosts | None
     costs_after: NodeCosts | None
     feeds: int
@@ -119,6 +120,7 @@ class Pruning:
         self._groups: dict[str, list[GroupCut]] = {}
         self._shares: dict[str, float] = {}
         self._macs: dict[str, float] = {}
+        self._notes: list[str] = []
         self._costs: NodeCosts | None = None
         self._attempt: Callable[[float], Trial[PruneRecipe] | None] | None = None
         self._feeds = 0
@@ -130,9 +132,20 @@ class Pruning:
             base: Trial[PruneRecipe] | None = None
             if self._request.channels is not None:
                 base = self._channels(self._request.channels)
-            if self._request.wants_zeros and (self._request.channels is None or base is not None):
-                base = self._zeros(base)
-            return self._outcome(base)
+            if not self._request.wants_zeros or (
+                base is None and self._request.channels is not None
+            ):
+                return self._outcome(base)
+            sparse = self._zeros(base)
+            if (
+                base is not None
+                and base.verdict.good
+                and (sparse is None or not sparse.verdict.good)
+            ):
+                found = "no share" if sparse is None else f"{sparse.name}: {sparse.verdict.text}"
+                self._notes.append(f"channels alone are kept, zeros lose too much: {found}")
+                return self._outcome(base)
+            return self._outcome(sparse)
 
     def _write(self, recipe: PruneRecipe, number: int) -> Path:
         target = self._folder / f"pruned-{number}.onnx"
@@ -418,6 +431,7 @@ class Pruning:
             self._groups,
             self._shares,
             self._macs,
+            self._notes,
             self._costs,
             None if kept is None else self._profile(kept.file),
             self._feeds,
