@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from graphopt.kernels import elimination as eliminating
 from graphopt.kernels import saliency
+from graphopt.kernels.elimination import Reader, elimination
 from graphopt.kernels.masks import block_means, largest, n_of_m, spread_blocks
 from graphopt.kernels.saliency import lamp, magnitude, obs, wanda
 
@@ -105,6 +107,63 @@ def test_lamp_keeps_order_and_shape_and_the_best_of_each_layer() -> None:
     np.testing.assert_allclose(lamp(1000 * scores), found)  # the scale of a layer is nothing
     assert lamp(np.zeros((2, 3))).tolist() == [[0.0] * 3] * 2
     assert (lamp(np.array([0.0, 0.0, 2.0])) == [0, 0, 1]).all()
+
+
+# -- the order in which units go -------------------------------------------------------------------
+
+
+def energy_lost(w: Array, x: Array, gone: list[int]) -> float:
+    """What a layer loses without these columns, fitted again by lstsq on damped rows."""
+    target = x @ w.T.astype(np.float64)
+    others = np.delete(x, gone, axis=1)
+    best = np.linalg.lstsq(others, target, rcond=None)[0]
+    return float(np.square(others @ best - target).sum())
+
+
+@given(SEEDS, st.sampled_from([1, 2]))
+def test_always_the_unit_goes_without_which_least_is_lost(seed: int, taps: int) -> None:
+    """Brute force: all units that are left are tried, the whole layer fitted again for each."""
+    features = 5 * taps
+    x, w = inputs(seed, 60, features), weights(seed, 3, features)
+    gram = x.T @ x
+    root = np.sqrt(eliminating._DAMPING * np.mean(np.diag(gram)))
+    damped = np.vstack([x, root * np.eye(features)])
+    columns = np.random.default_rng(seed).permutation(features).reshape(5, taps)
+    order, costs = elimination([Reader(w, gram, np.arange(5), columns)], 5)
+    assert sorted(order) == list(range(5))
+    whole = float(np.square(x @ w.T.astype(np.float64)).sum())
+    before, gone = 0.0, list[int]()
+    for unit, cost in zip(order[:-1], costs[:-1], strict=True):
+        left = [u for u in range(5) if not set(columns[u]) <= set(gone)]
+        lost = {u: energy_lost(w, damped, [*gone, *columns[u]]) - before for u in left}
+        assert cost * whole == pytest.approx(lost[unit], rel=1e-5, abs=1e-7 * whole)
+        assert lost[unit] <= min(lost.values()) + 1e-6 * whole
+        gone += [int(c) for c in columns[unit]]
+        before = energy_lost(w, damped, gone)
+
+
+def test_of_several_readers_the_one_that_loses_most_counts() -> None:
+    x = np.random.default_rng(0).standard_normal((100, 3))
+    gram, each = x.T @ x, np.arange(3)[:, None]
+    first = Reader(np.array([[9.0, 5.0, 1.0]]), gram, np.arange(3), each)
+    second = Reader(np.array([[1.0, 2.0, 9.0]]), gram, np.arange(3), each)
+    order, costs = elimination([first, second], 3)
+    assert order[0] == 1
+    assert len(costs) == 3
+    assert (costs >= 0).all()
+
+
+def test_units_that_nobody_reads_go_first_and_several_at_once() -> None:
+    x = np.random.default_rng(0).standard_normal((100, 2))
+    some = Reader(np.array([[1.0, 2.0]]), x.T @ x, np.array([1, 3]), np.array([[0], [1]]))
+    order, costs = elimination([some], 4)
+    assert order == (0, 2, 1, 3)
+    assert (costs[:2] == 0).all()
+    dead = Reader(np.ones((1, 2)), np.zeros((2, 2)), np.arange(2), np.arange(2)[:, None])
+    assert elimination([dead], 2)[0] == (0, 1)
+    x, w = inputs(features=6), weights()
+    one = elimination([Reader(w, x.T @ x, np.arange(6), np.arange(6)[:, None])], 6, 4)
+    assert sorted(one[0]) == list(range(6))
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -734,3 +734,124 @@ def test_an_observer_states_what_its_kind_needs() -> None:
     ):
         with pytest.raises(AssertionError):
             wrong()
+
+
+# -- shares of what is not zero, and regressions ---------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_shares_of_what_is_not_zero(axis: int) -> None:
+    data = feeds()
+    found = sweep(small(), data, [Observer("y", "nonzero", axis)])
+    rows = [np.moveaxis(np.maximum(f["x"] @ W, 0), axis, -1) for f in data]
+    whole = np.concatenate([a.reshape(-1, a.shape[-1]) for a in rows])
+    share = found.nonzero("y", axis)
+    np.testing.assert_allclose(share, (whole != 0).mean(axis=0))
+    assert ((share > 0) & (share < 1)).all()
+
+
+def test_shares_of_parts_merged_are_those_of_the_whole() -> None:
+    data = feeds()
+    wanted = [Observer("y", "nonzero", -1)]
+    whole, merged = sweep(small(), data, wanted), sweep(small(), data[:2], wanted)
+    merged.merge(sweep(small(), data[2:], wanted))
+    np.testing.assert_array_equal(whole.nonzero("y", -1), merged.nonzero("y", -1))
+    assert content(whole) == content(merged)
+
+
+def test_what_is_not_finite_counts_as_zero() -> None:
+    found = Statistics([Observer("v", "nonzero", 1)])
+    found.observe("v", np.array([[np.nan, 1, 0, 2], [np.inf, 0, 0, 2]], np.float32))
+    assert found.nonzero("v", 1).tolist() == [0.0, 0.5, 0.0, 1.0]
+    with pytest.raises(LookupError, match="no nonzero of 'v': not asked for"):
+        found.nonzero("v", 0)
+
+
+def direct(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    rows = np.column_stack([x, np.ones(len(x))]).astype(np.float64)
+    y = y.astype(np.float64)
+    return rows.T @ rows, rows.T @ y, np.square(y).sum(axis=0)
+
+
+def test_regressions_of_rows_along_an_axis() -> None:
+    observer = Observer("x", "regression", -1, target="h")
+    found = Statistics([observer])
+    assert observer not in found
+    xs = [feed["x"] for feed in feeds(4)]
+    for x in xs:
+        found.regress(observer, x, x @ W)
+    (state,) = found.regressions(observer)
+    rows = np.concatenate([x.reshape(-1, 6) for x in xs])
+    for one, other in zip(
+        (state.matrix, state.cross, state.energy), direct(rows, rows @ W), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-2)
+    assert state.count == len(rows)
+
+
+@pytest.mark.parametrize(("patches", "group"), GEOMETRIES)
+@pytest.mark.parametrize("unfolded", [1, 1 << 22])
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_regressions_of_patches(
+    patches: Patches, group: int, unfolded: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of patches meet what the convolution gives there; in strips, and some of them only."""
+    monkeypatch.setattr(observers, "_UNFOLDED", unfolded)
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(3, 4, 9, 8)).astype(np.float32)
+    w = rng.normal(size=(group, 2, patches.features(4)))
+    rows = unfold(x, patches.kernel, patches.strides, patches.pads, patches.dilations, group)
+    results = [r.astype(np.float64) @ v.T for r, v in zip(rows, w, strict=True)]
+    out = patches.out(x.shape)
+    y = np.concatenate([r.reshape(3, *out, 2) for r in results], axis=-1)
+    observer = Observer("x", "regression", patches=patches, target="y")
+    found = Statistics([observer])
+    found.regress(observer, x, np.moveaxis(y, -1, 1), every)
+    states = found.regressions(observer)
+    assert len(states) == group
+    for state, r, v in zip(states, rows, results, strict=True):
+        matrix, cross, energy = direct(r[::every], v[::every])
+        assert state.count == len(r[::every])
+        np.testing.assert_allclose(state.matrix, matrix, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(state.cross, cross, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(state.energy, energy, rtol=1e-5)
+
+
+def test_rows_that_are_not_finite_are_left_out_of_regressions() -> None:
+    observer = Observer("x", "regression", -1, target="h")
+    found = Statistics([observer])
+    x = np.random.default_rng(0).normal(size=(6, 4))
+    y = x[:, :2].copy()
+    x[1, 2], y[4, 1] = np.nan, np.inf
+    found.regress(observer, x, y)
+    (state,) = found.regressions(observer)
+    left = [0, 2, 3, 5]
+    np.testing.assert_allclose(state.matrix, direct(x[left], y[left])[0])
+    np.testing.assert_allclose(state.cross, direct(x[left], y[left])[1])
+
+
+def test_regressions_in_a_file(tmp_path: Path) -> None:
+    along = Observer("x", "regression", -1, target="h")
+    patched = Observer("v", "regression", patches=Patches((3,), group=2), target="u")
+    found = Statistics([along, patched])
+    rng = np.random.default_rng(0)
+    found.regress(along, rng.normal(size=(5, 6)), rng.normal(size=(5, 2)))
+    found.regress(patched, rng.normal(size=(2, 4, 7)), rng.normal(size=(2, 6, 5)))
+    found.save(tmp_path / "s.npz")
+    assert content(Statistics.load(tmp_path / "s.npz")) == content(found)
+
+
+def test_a_regression_that_does_not_fit() -> None:
+    observer = Observer("x", "regression", patches=Patches((3, 3)), target="y")
+    found = Statistics([observer])
+    with pytest.raises(ValueError, match="the kernel does not fit"):
+        found.regress(observer, np.zeros((1, 2, 2, 9)), np.zeros((1, 2, 1, 1)))
+    with pytest.raises(LookupError, match="no regression of 'x'"):
+        found.regressions(observer)
+    for wrong in (
+        lambda: Observer("x", "regression", 1),
+        lambda: Observer("x", "gram", 1, target="y"),
+        lambda: Observer("x", "nonzero"),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
