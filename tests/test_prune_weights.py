@@ -161,6 +161,33 @@ def test_n_of_m_input_channels_are_left_in_every_layer(n: int, m: int, data: Any
     assert found["g4"] == found["g5"] == n / m
 
 
+def test_the_largest_of_neighbouring_channels_are_left() -> None:
+    dense, edit = pair(weighted(NET))
+    whole = {layer.root: layer for layer in linear_layers(Editor(dense))}
+    prune_weights(dense, edit, Sparsity(pattern=Pattern(2, 4)), None, Settings())
+    for layer in layers(edit):
+        if layer.shape[1] // layer.taps % 4:
+            continue
+        before = np.abs(whole[layer.root].matrix()).reshape(layer.shape[0], -1, layer.taps)
+        groups = before.transpose(0, 2, 1).reshape(layer.shape[0], layer.taps, -1, 4)
+        kept = by_channel(layer).reshape(groups.shape)
+        least = np.where(kept, groups, np.inf).min(axis=-1)
+        most = np.where(kept, 0, groups).max(axis=-1)
+        assert (least >= most).all()
+
+
+def test_the_largest_blocks_are_left() -> None:
+    dense, edit = pair(weighted(NET))
+    (first, *_) = [layer for layer in linear_layers(Editor(dense)) if layer.taps > 1]
+    how = Sparsity(0.5, pattern=Pattern(rows=4), importance="magnitude", scope="layer")
+    prune_weights(dense, edit, how, None, Settings())
+    (after, *_) = [layer for layer in layers(edit) if layer.taps > 1]
+    energy = np.square(first.matrix()).reshape(-1, 4, first.shape[1]).sum(axis=1)
+    kept = (after.matrix() != 0).reshape(-1, 4, first.shape[1]).all(axis=1)
+    assert kept.mean() == 0.5
+    assert energy[kept].min() >= energy[~kept].max()
+
+
 @pytest.mark.parametrize("data", [None, correlated(SHAPE)])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize(("rows", "columns"), [(4, 1), (1, 4), (2, 2)])
