@@ -329,8 +329,8 @@ def measure_scores(table: str, bench: Bench, given: argparse.Namespace) -> None:
 def latency(bench: Bench, seconds: float) -> Cell:
     """The time of the lossless model over that of the pruned one, and the MACs that are left."""
     data = None if bench.sets is None else bench.sets.calibration
-    ways = ("l2", "none") if data is None else ("activation", "lsq")
-    recipe, _ = pruned(bench, Row("channels", prune_tables.LATENCY_SHARE), data, *ways)
+    ways = ("l2", "none")  # what weights are left makes no difference to the time
+    recipe, _ = pruned(bench, Row("channels", prune_tables.LATENCY_SHARE), None, *ways)
     target = bench.folder / f"{bench.name}-cut.onnx"
     recipe.write(bench.lossless, target)
     feed = first_feed(bench.source, data=None if data is None else str(data))
