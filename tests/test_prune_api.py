@@ -315,6 +315,10 @@ def test_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(tmp_path) == []
 
 
+# Masks by magnitude, nothing fitted: where it does not matter how weights were chosen.
+QUICK: dict[str, Any] = {"importance": "magnitude", "recover": "none"}
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -360,10 +364,10 @@ def test_what_loses_too_much_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_smaller_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     reason = "it is not smaller than the best lossless model: too few zeros to store as such"
-    said, found = refused(out, sparsity=0.2)
+    said, found = refused(out, sparsity=0.2, **QUICK)
     assert said == (f"nothing written: {reason}; --force writes the fastest good one all the same")
     assert [c.good for c in found.candidates] == [True]
-    forced(out, reason, sparsity=0.2)
+    forced(out, reason, sparsity=0.2, **QUICK)
     assert zeros(out) == pytest.approx(0.2, abs=1e-3)
     assert not onnx.load(out).graph.sparse_initializer
 
@@ -532,6 +536,12 @@ def said(folder: Path, source: Path = MLP) -> str:
     return str(caught.value).removeprefix(f"decisions {folder / 'd.json'}: ")
 
 
+def record_quickly(folder: Path) -> None:
+    optimize(
+        MLP, folder / "first.onnx", decisions=folder / "d.json", sparsity=0.5, max_drop=0.5, **QUICK
+    )
+
+
 def rewritten(folder: Path, **arrays: Any) -> None:
     """Other weights, of which the decisions say that they belong to them."""
     np.savez(folder / "d.json.npz", **arrays)
@@ -541,7 +551,7 @@ def rewritten(folder: Path, **arrays: Any) -> None:
 
 
 def test_weights_that_are_missing_or_others(tmp_path: Path) -> None:
-    optimize(MLP, tmp_path / "first.onnx", sparsity=0.7, decisions=tmp_path / "d.json")
+    record_quickly(tmp_path)
     assert said(tmp_path, CNN).startswith("made for another model (sha256 ")
     beside = tmp_path / "d.json.npz"
     whole = beside.read_bytes()
@@ -567,13 +577,13 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("arrays", "message"), OTHERS)
 def test_weights_of_something_else(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
-    optimize(MLP, tmp_path / "first.onnx", sparsity=0.7, decisions=tmp_path / "d.json")
+    record_quickly(tmp_path)
     rewritten(tmp_path, **arrays)
     assert said(tmp_path).startswith(message)
 
 
 def test_no_file_of_arrays_at_all(tmp_path: Path) -> None:
-    optimize(MLP, tmp_path / "first.onnx", sparsity=0.7, decisions=tmp_path / "d.json")
+    record_quickly(tmp_path)
     (tmp_path / "d.json.npz").write_bytes(b"nothing")
     content = json.loads((tmp_path / "d.json").read_text())
     content["pruning"]["sha256"] = sha256([tmp_path / "d.json.npz"])

@@ -130,7 +130,9 @@ def test_what_loses_too_much_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_refusal_as_json_keeps_stdout_empty(tmp_path: Path) -> None:
-    result = optimize(MLP, tmp_path / "out.onnx", "--sparsity", "0.1", "--json")
+    result = optimize(
+        MLP, tmp_path / "out.onnx", "--sparsity", "0.1", "--recover", "none", "--json"
+    )
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: nothing written: it is not smaller than the best")
 
