@@ -104,9 +104,9 @@ def optimize(
     MACs ("auto": what the budget allows); it is kept where it is faster than that model on this
     machine. `sparsity` sets this share of the weights to zero, `nm` ("2:4") so many of each group,
     `threshold` those below it, `block` ("4x1") whole blocks; it is kept where the file is smaller,
-    and makes nothing faster. `importance` says by what weights ("lamp", "magnitude", "wanda",
-    "obs") or channels ("activation", "l1", "l2", "apoz") are chosen, `recover` how the rest is
-    fitted again ("lsq", "moments", "none").
+    and makes nothing faster. `importance` says by what weights ("obs", "wanda", "lamp",
+    "magnitude") or channels ("obs", "activation", "l1", "l2", "apoz") are chosen, `recover` how the
+    rest is fitted again ("lsq", "moments", "none").
 
     `int8` comes last, for the target "ort-cpu": it is kept where it is faster.
 

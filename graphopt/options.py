@@ -79,7 +79,7 @@ Importance = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="prune: lamp, magnitude, wanda, obs; channels: activation, l1, l2, apoz.",
+        help="prune: obs, wanda, lamp, magnitude; channels: obs, activation, l1, l2, apoz.",
     ),
 ]
 Recover = Annotated[

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from graphopt import regions
-from graphopt.errors import UsageError
+from graphopt.errors import DataError, UsageError
 from graphopt.ir import Model, Node, Value
 from graphopt.runtime import Array, Feed, Session
 
@@ -64,7 +64,8 @@ class Relay:
 
     `ends` are the values that will be asked for; nodes that none of them needs never run. The model
     may be edited between two pieces where no node that has run is touched. Raises UsageError for
-    feeds with optional or sequence values, RuntimeFailure where onnxruntime fails.
+    feeds with optional or sequence values, DataError where there are none, RuntimeFailure where
+    onnxruntime fails.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class Relay:
                     self._shelf[value.name, self.feeds] = np.asarray(given)
                     self._kept.add(value.name)
             self.feeds += 1
+        if not self.feeds:
+            raise DataError("there are no feeds to run the model on")
 
     def __enter__(self) -> Self:
         return self

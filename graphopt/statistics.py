@@ -206,6 +206,8 @@ class Statistics:
                     f"the moving average of {observer.value!r} depends on the order of the feeds: "
                     "it cannot be merged"
                 )
+            if observer.kind == "regression":
+                raise UsageError(f"the regression of {observer.value!r} cannot be merged here")
         self.feeds += other.feeds
         self.unseen |= other.unseen
         for value, count in other.nonfinite.items():
