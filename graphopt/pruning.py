@@ -222,12 +222,13 @@ class Pruning:
     ) -> Trial[PruneRecipe] | None:
         """One candidate of these shares, judged and not timed; None where nothing can go.
 
+        Without any, zeros are those of the pattern or the threshold that were asked for.
+
         What channels tell is measured once, however many shares are tried.
         """
         with self._selection.judge:
             if channels is not None:
                 return self._attempts()(channels)
-            assert sparsity is not None
             return self._sparse(self._lossless, (), None, sparsity)
 
     def share(self, trial: Trial[PruneRecipe]) -> float:
