@@ -54,7 +54,7 @@ from graphopt.judging import Budget
 from graphopt.manager import run_pipeline
 from graphopt.passes.prune import importance as units_by
 from graphopt.passes.prune.channels import Cut, column_masks, prune_channels
-from graphopt.passes.prune.fitting import Settings, fit
+from graphopt.passes.prune.fitting import Settings, fit, grams
 from graphopt.passes.prune.groups import groups_of
 from graphopt.passes.prune.recipe import PruneRecipe, Stage
 from graphopt.passes.prune.sparse import Densify
@@ -241,13 +241,19 @@ def cut_evenly(
 ) -> tuple[PruneRecipe, float]:
     """The same share of each group, or of the last two; and the share of all their channels."""
     dense, edit = Model.load(bench.lossless), Editor(Model.load(bench.lossless))
-    groups = groups_of(edit)[-2 if row.kind == "last stage" else 0 :]
+    groups = groups_of(edit)
+    if row.kind == "last stage":
+        groups = groups[-2:]
+    elif row.kind == "last hidden":
+        groups = [group for group in groups if len(group.readers) == 1][-2:]
     feeds = functools.partial(_feeds, bench.lossless, str(data))
     wanted = units_by.observed(groups, importance)
     seen = sweep(bench.lossless, feeds(), wanted) if wanted else None
+    roots = units_by.readers_of(edit, groups, importance)
+    known = grams(dense, roots, feeds, Settings()) if roots else {}
     cut: dict[str, tuple[int, ...]] = {}
     for group in groups:
-        order = units_by.ranking(units_by.unit_scores(edit, group, importance, seen))
+        order = units_by.ranking(units_by.unit_scores(edit, group, importance, seen, known))
         cut[group.root] = tuple(sorted(order[: round(row.share * group.units)]))
     share = sum(map(len, cut.values())) / sum(group.units for group in groups)
     if recover == "none":
@@ -281,12 +287,12 @@ def unfitted(recipe: PruneRecipe, lossless: Path) -> PruneRecipe:
 
 def measure_row(bench: Bench, table: str, row: Row, seeds: int) -> None:
     """A row: with recovery for every seed, and the ways that need no data."""
-    even = row.kind in ("every group", "last stage")
+    even = row.kind in ("every group", "last stage", "last hidden")
     make: Any = cut_evenly if even else pruned
     is_cut = even or row.kind == "channels"
 
     def fitted(seed: int) -> Cell:
-        importance = "activation" if is_cut else "obs"
+        importance = "obs"
         recipe, gone = make(bench, row, bench.data(seed), importance, "lsq")
         same = bench.score_recipe(unfitted(recipe, bench.lossless))["score"]
         return bench.score_recipe(recipe) | {"gone": gone, "same": same}

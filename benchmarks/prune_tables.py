@@ -58,7 +58,7 @@ def key(*parts: object) -> str:
 class Row:
     """What goes: zeros, channels by their share of all MACs, or the same share of each group."""
 
-    kind: str  # "zeros", "channels", "every group" or "last stage"
+    kind: str  # "zeros", "channels", "every group", "last stage" or "last hidden"
     share: float | None
     pattern: str = ""
     bar: float | None = None
@@ -70,7 +70,7 @@ class Row:
         if self.kind == "zeros":
             return " ".join(part for part in (share, "zeros", self.pattern) if part)
         what = {"channels": "of MACs", "every group": "of channels"}
-        return f"{share} {what.get(self.kind, 'of channels, last stage')}"
+        return f"{share} {what.get(self.kind, f'of channels, {self.kind}')}"
 
 
 DIGITS = (
@@ -86,6 +86,8 @@ DIGITS = (
     Row("every group", 0.75),
     Row("last stage", 0.5, bar=0.99),
     Row("last stage", 0.75, bar=0.98),
+    Row("last hidden", 0.5, bar=0.99),
+    Row("last hidden", 0.75, bar=0.98),
 )
 MODELS_ROWS = (
     *(Row("zeros", share) for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)),
@@ -188,7 +190,7 @@ ZERO_WAYS = {
     "magnitude": "global magnitude",
 }
 CUT_WAYS = {"lsq": "recovery", "same": "its cut, unfitted", "l2": "l2, unfitted"}
-_CUTS = ("channels", "every group", "last stage")
+_CUTS = ("channels", "every group", "last stage", "last hidden")
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, str]]]:
@@ -298,7 +300,7 @@ is really gone, "file" the bytes of the pruned file over those of the lossless o
 mean over seeds that draw what is fitted on, ± its standard error over these seeds, and "SE of
 samples" that of one score by drawing evaluation samples again (of a share sqrt(p (1 - p) / n)).
 
-- recovery: `importance="obs"` or `"activation"`, `recover="lsq"`
+- recovery: `importance="obs"`, `recover="lsq"`
 - its zeros or its cut, unfitted: the same weights go, those that stay are the model's own
 - recovery none: `importance="lamp"`, `recover="none"`, without data
 - global magnitude: `importance="magnitude"`, `recover="none"`, without data
@@ -339,8 +341,8 @@ def _told(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
 
 def _digits_page(tables: Tables) -> Iterator[str]:
     yield "\n## Digits\n\n`python benchmarks/prune.py digits`. Fitted on 256 unlabelled training "
-    yield "images. Of channels the same share of every group goes, or of the last two groups, "
-    yield "which are the last stage of convolutions. "
+    yield "images. Of channels the same share goes of every group, of the last two groups (the "
+    yield "last stage: one is the residual stream), or of the last two that one layer reads. "
     yield from _told(Scores(tables.get("digits", {}), CNN), DIGITS)
 
 
