@@ -854,10 +854,10 @@ def test_a_group_says_what_shares_it() -> None:
     edit = Editor(Model.load(CASES["squeeze and excite"].proto()))
     first, second = groups_of(edit)
     assert first.text(3) == (
-        "remove 3 of 8 channels of w1 because Mul 'r', Conv 'q' (reads), Conv 'y' (reads)"
+        "remove 3 of 8 channels of Conv 'a' because Mul 'r', Conv 'q' (reads), Conv 'y' (reads)"
         " share them"
     )
-    assert str(second) == "remove 1 of 2 channels of w3 because Conv 'g' (reads) shares them"
+    assert str(second) == "remove 1 of 2 channels of Conv 'q' because Conv 'g' (reads) shares them"
     read = [(slot.value.name, slot.axis, slot.read and slot.read.name) for slot in first.readers]
     assert read == [("w3", 1, "p"), ("w2", 1, "r")]
     assert [(slot.value.name, slot.axis) for slot in first.givers] == [
