@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from graphopt.compress import Outcome, Request, counts
 from graphopt.decisions import Decisions, RegionDecision
@@ -16,10 +15,12 @@ from graphopt.ir import Model, Node
 from graphopt.judging import Judged
 from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, WEIGHTS, Recipe
 from graphopt.regions import boundary, connected
-from graphopt.report import file_info
+from graphopt.report import model_bytes
 from graphopt.search import Trial
+from graphopt.selection import least_bad
 from graphopt.timing import Ratio
 
+R = TypeVar("R")
 _PRECISIONS: Mapping[str, Precision] = {
     STATIC: "int8",
     DYNAMIC: "dynamic int8",
@@ -44,6 +45,27 @@ class Remarks:
 
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class Found(Protocol[R]):
+    """What a search found: `kept` is None where nothing is worth keeping, for the `reason`."""
+
+    @property
+    def kept(self) -> Trial[R] | None: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def trials(self) -> list[Trial[R]]: ...
+
+
+def kept_or_forced(found: Found[R], remarks: Remarks, *, force: bool) -> Trial[R] | None:
+    """What is kept. With `force` the best good one, or, where none is good, the least bad."""
+    kept = found.kept
+    if kept is None and force:
+        kept = least_bad(found.trials)
+    if kept is not None and found.reason:
+        remarks.warnings.append(f"forced: {found.reason}")
+    return kept
 
 
 def account(
@@ -156,9 +178,9 @@ def _of_candidate(outcome: Outcome, trial: Trial[Recipe]) -> dict[str, Any]:
         "found": verdict.text,
         "counts": dict(counts(trial.recipe)),
         "regions": choice.records(),
-        "bytes": _size(trial.file),
-        "to_lossless": _ratio(winner.against_lossless, trial.name),
-        "to_original": _ratio(winner.against_original, trial.name),
+        "bytes": model_bytes(trial.file),
+        "to_lossless": ratio_record(winner.against_lossless, trial.name),
+        "to_original": ratio_record(winner.against_original, trial.name),
         "sqnr_db": {value.name: choice.sqnr_db([value.name]) for value in outputs},
     }
     if isinstance(verdict, Judged):
@@ -177,26 +199,16 @@ def _candidate(outcome: Outcome, trial: Trial[Recipe]) -> CandidateRecord:
         good=trial.verdict.good,
         found=trial.verdict.text,
         drop=trial.verdict.drop,
-        bytes=_size(trial.file),
+        bytes=model_bytes(trial.file),
         regions=dict(counts(trial.recipe)),
-        to_lossless=_ratio(outcome.winner.against_lossless, trial.name),
-        to_original=_ratio(outcome.winner.against_original, trial.name),
+        to_lossless=ratio_record(outcome.winner.against_lossless, trial.name),
+        to_original=ratio_record(outcome.winner.against_original, trial.name),
     )
 
 
-def _ratio(ratios: Mapping[str, Ratio], name: str) -> RatioRecord | None:
+def ratio_record(ratios: Mapping[str, Ratio], name: str) -> RatioRecord | None:
+    """How a candidate compares in time; None where it was not timed."""
     found = ratios.get(name)
     if found is None:
         return None
     return RatioRecord(ratio=found.median, low=found.low, high=found.high)
-
-
-def _size(file: Path) -> int:
-    """Of a model with the weights beside it."""
-    return file_info(file, _files(file)).bytes
-
-
-def _files(model: Path) -> list[Path]:
-    """A model that was written, and the file of its weights, if any."""
-    beside = model.with_name(model.name + ".data")
-    return [model, beside] if beside.exists() else [model]

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from graphopt.account import Remarks, Sizes, account, replayed_account
+from graphopt.account import Remarks, Sizes, account, kept_or_forced, replayed_account
 from graphopt.compress import Compression, Mode, Outcome, Request
 from graphopt.decisions import Decisions
 from graphopt.errors import UsageError
 from graphopt.int8_report import Int8Record
 from graphopt.ir import Model
-from graphopt.judging import Judged
 from graphopt.passes.quantize.recipe import Recipe
 from graphopt.recorded import has_regions, recipe_of, replayed, rounded, with_regions
 from graphopt.search import Trial
@@ -68,7 +67,7 @@ class Int8:
         outcome = Compression(original, base, request, folder, tell).run()
         if request.data is None and request.mode == "auto":
             self._remarks.notes.append("without --data nothing was calibrated: no static int8")
-        trial = self._kept(outcome)
+        trial = kept_or_forced(outcome, self._remarks, force=self._request.force)
         if trial is not None:
             self.recipe = rounded(trial.recipe)
             self._outcome, self._trial = outcome, dataclasses.replace(trial, recipe=self.recipe)
@@ -92,15 +91,3 @@ class Int8:
         if self._outcome is None or self._trial is None:
             return decisions
         return with_regions(decisions, self._outcome, self._trial)
-
-    def _kept(self, outcome: Outcome) -> Trial[Recipe] | None:
-        """What is kept. With `force` the fastest good one, or, where none is, the least bad."""
-        if outcome.kept is not None:
-            if outcome.reason:
-                self._remarks.warnings.append(f"forced: {outcome.reason}")
-            return outcome.kept
-        running = [trial for trial in outcome.trials if isinstance(trial.verdict, Judged)]
-        if not (self._request.force and running):
-            return None
-        self._remarks.warnings.append(f"forced: {outcome.reason}")
-        return min(running, key=lambda trial: trial.verdict.drop)

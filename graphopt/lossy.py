@@ -100,6 +100,8 @@ class Lossy:
             "seed": seed,
             "custom_ops": tuple(custom_ops),
             "force": wanted.force,
+            # Int8 too: it is judged on the feeds that no layer was fitted on.
+            "holds_out": wanted.prune.is_wanted and wanted.prune.recovery(data) != "none",
         }
         self._data, self._seed, self._custom_ops = data, seed, tuple(custom_ops)
         self._prune = Prune(wanted.prune, common, self.remarks)

@@ -10,10 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from graphopt import exporter
-from graphopt.account import Remarks, Sizes
+from graphopt.account import Remarks, Sizes, kept_or_forced
 from graphopt.decisions import Decisions, sha256
 from graphopt.errors import UsageError
-from graphopt.judging import Judged
 from graphopt.passes.prune.recipe import PruneRecipe
 from graphopt.prune_account import prune_account, prune_decision, replayed_pruning
 from graphopt.prune_report import PruneRecord
@@ -65,7 +64,7 @@ class Prune:
     ) -> PruneRecord:
         """Look for the best candidate, judged against the original."""
         outcome = Pruning(original, lossless, self._request, folder, tell).run()
-        trial = self._kept(outcome)
+        trial = kept_or_forced(outcome, self._remarks, force=self._request.force)
         if trial is not None:
             self.recipe, self.has_zeros = trial.recipe, self._wanted.wants_zeros
             self._outcome, self._trial = outcome, trial
@@ -117,18 +116,6 @@ class Prune:
         found = prune_decision(self._outcome, self._request, self._trial, sha256([beside]))
         more = {"pruning": found, "candidate": self._trial.name, "found": self._trial.verdict.text}
         return decisions.model_copy(update=more), [beside]
-
-    def _kept(self, outcome: PruneOutcome) -> Trial[PruneRecipe] | None:
-        """What is kept; with `force` the last candidate that runs, whatever it loses."""
-        if outcome.kept is not None:
-            if outcome.reason:
-                self._remarks.warnings.append(f"forced: {outcome.reason}")
-            return outcome.kept
-        running = [trial for trial in outcome.trials if isinstance(trial.verdict, Judged)]
-        if not (self._request.force and running):
-            return None
-        self._remarks.warnings.append(f"forced: {outcome.reason}")
-        return min(running, key=lambda trial: trial.verdict.drop)
 
 
 def _request(wanted: PruneWanted, common: Mapping[str, Any]) -> PruneRequest:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphopt.account import Sizes
+from graphopt.account import Sizes, ratio_record
 from graphopt.attribution import NodeCosts
 from graphopt.decisions import PruningDecision
 from graphopt.edit import Editor
-from graphopt.int8_report import RatioRecord
 from graphopt.ir import Model
 from graphopt.judging import Judged
 from graphopt.passes.linear import linear_layers
@@ -24,9 +22,9 @@ from graphopt.prune_report import (
     PruneRecord,
     PruneTrial,
 )
-from graphopt.pruning import PruneOutcome, PruneRequest, file_bytes
+from graphopt.pruning import PruneOutcome, PruneRequest
+from graphopt.report import model_bytes
 from graphopt.search import Trial
-from graphopt.timing import Ratio
 
 
 def prune_account(
@@ -61,6 +59,7 @@ def prune_account(
         max_drop=budget.max_drop,
         min_sqnr=budget.min_sqnr,
         feeds=outcome.feeds,
+        held_out=outcome.held_out,
         bytes_original=sizes.original,
         bytes_lossless=sizes.lossless,
         candidates=[_trial(outcome, each) for each in outcome.trials],
@@ -118,9 +117,9 @@ def _of(outcome: PruneOutcome, trial: Trial[PruneRecipe], lossless: Path) -> dic
     winner, verdict, name = outcome.winner, trial.verdict, trial.name
     found: dict[str, Any] = {
         "found": verdict.text,
-        "bytes": file_bytes(trial.file),
-        "to_lossless": _ratio(winner.against_lossless, name),
-        "to_original": _ratio(winner.against_original, name),
+        "bytes": model_bytes(trial.file),
+        "to_lossless": ratio_record(winner.against_lossless, name),
+        "to_original": ratio_record(winner.against_original, name),
         "layers": _layers(outcome, trial, lossless),
         "macs_gone": outcome.macs.get(name),
         "groups": [
@@ -175,13 +174,6 @@ def _trial(outcome: PruneOutcome, trial: Trial[PruneRecipe]) -> PruneTrial:
         good=trial.verdict.good,
         found=trial.verdict.text,
         drop=trial.verdict.drop,
-        bytes=file_bytes(trial.file),
+        bytes=model_bytes(trial.file),
         share=outcome.shares.get(trial.name, 0.0),
     )
-
-
-def _ratio(ratios: Mapping[str, Ratio], name: str) -> RatioRecord | None:
-    found = ratios.get(name)
-    if found is None:
-        return None
-    return RatioRecord(ratio=found.median, low=found.low, high=found.high)

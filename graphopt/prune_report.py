@@ -70,6 +70,9 @@ class PruneRecord(Record):
     max_drop: float
     min_sqnr: float | None = None
     feeds: int = Field(default=0, description="that layers were fitted on")
+    held_out: bool = Field(
+        default=False, description="it was compared on feeds that no layer was fitted on"
+    )
     bytes_original: int
     bytes_lossless: int
     bytes: int | None = None

@@ -21,7 +21,7 @@ from graphopt.errors import DataError, UsageError
 from graphopt.ir import Model, Node, Value
 from graphopt.runtime import Array, Feed, Session
 
-MEMORY: Final = 512 << 20  # bytes of values that are kept in memory; the rest goes to disk
+MEMORY: Final = 64 << 20  # bytes of values that are kept in memory; the rest goes to disk
 
 
 class Shelf:

@@ -250,6 +250,12 @@ def file_info(path: Path, files: list[Path] | None = None) -> FileInfo:
     return FileInfo(path=str(path), bytes=sum(f.stat().st_size for f in files or [path]))
 
 
+def model_bytes(model: Path) -> int:
+    """Size of a model that was written, with the file of its weights beside it, if there is one."""
+    beside = model.with_name(model.name + ".data")
+    return file_info(model, [model, beside] if beside.exists() else [model]).bytes
+
+
 def host() -> Host:
     """This machine: CPU with the features that decide about int8, versions that decide the rest."""
     import archspec.cpu

@@ -6,18 +6,21 @@ its candidates and the clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from graphopt.data import given_feeds
-from graphopt.judging import Budget, Judge
+from graphopt.judging import Budget, Judge, Judged
 from graphopt.proposals import first_feed
 from graphopt.runtime import Feed, Session
 from graphopt.search import Search, Trial, Winner, fastest, race
 from graphopt.timing import Ratio
 
+HELD_OUT: Final = 4  # each so-manieth feed
 _SECONDS: Final = 5.0  # of each measurement of whole models
 
 Tell = Callable[[str, float | None], None]
@@ -26,7 +29,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the user asked for, whatever the choice is about."""
+    """What the user asked for, whatever the choice is about.
+
+    With `holds_out` some feeds are kept for judging: what is fitted to feeds agrees with the
+    original on those better than on any others.
+    """
 
     data: str | None = None
     budget: Budget = field(default_factory=Budget)
@@ -34,6 +41,7 @@ class Asked:
     seed: int = 0
     custom_ops: tuple[Path, ...] = ()
     force: bool = False
+    holds_out: bool = False
 
 
 class Selection(Generic[R]):
@@ -56,7 +64,7 @@ class Selection(Generic[R]):
         self._tell = tell
         self._feed: Feed | None = None
         self._speeds: dict[str, Ratio] = {}  # time(lossless) / time(candidate), by name
-        self.judge = Judge(original, self.feeds, asked.budget, asked.custom_ops)
+        self.judge = Judge(original, self._judged, asked.budget, asked.custom_ops)
         self._search: Search[R] = Search(
             write, self.judge, lambda what: tell(f"trying {what}", None)
         )
@@ -73,14 +81,31 @@ class Selection(Generic[R]):
         """Those that are good enough."""
         return [trial for trial in self.trials if trial.verdict.good]
 
-    def feeds(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The feeds, anew: given ones, or one that is proposed."""
+    def feeds(self) -> Iterator[dict[str, Any]]:
+        """The feeds to learn from, anew: given ones, or one that is proposed."""
+        held = self.holds_out
+        return (feed for number, feed in enumerate(self._all()) if not (held and _is_held(number)))
+
+    def _judged(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """The feeds to judge by, anew."""
+        held = self.holds_out
+        found = (feed for number, feed in enumerate(self._all()) if not held or _is_held(number))
+        return itertools.islice(found, limit)
+
+    @functools.cached_property
+    def holds_out(self) -> bool:
+        """True where some feeds are for judging alone: a metric brings its own, few are too few."""
+        if not self._asked.holds_out or self._asked.budget.metric is not None:
+            return False
+        return sum(1 for _ in itertools.islice(self._all(), HELD_OUT)) == HELD_OUT
+
+    def _all(self) -> Iterator[dict[str, Any]]:
         asked = self._asked
         if asked.data is None:
             yield dict(self.proposed())
             return
         with Session(self._original, custom_ops=asked.custom_ops) as session:
-            yield from given_feeds(asked.data, session, limit)
+            yield from given_feeds(asked.data, session)
 
     def proposed(self) -> Feed:
         """The feed that models are timed on."""
@@ -134,6 +159,16 @@ class Selection(Generic[R]):
             "custom_ops": self._asked.custom_ops,
             "progress": lambda share: self._tell(what, share),
         }
+
+
+def _is_held(number: int) -> bool:
+    return number % HELD_OUT == HELD_OUT - 1
+
+
+def least_bad(trials: Iterable[Trial[R]]) -> Trial[R] | None:
+    """Of all that run the one that loses least."""
+    running = [trial for trial in trials if isinstance(trial.verdict, Judged)]
+    return min(running, key=lambda trial: trial.verdict.drop, default=None)
 
 
 def slower(ratios: Mapping[str, Ratio], name: str) -> str:

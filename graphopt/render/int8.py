@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.render import text
+from graphopt.render import lossy, text
 
 if TYPE_CHECKING:
-    from graphopt.int8_report import CandidateRecord, Int8Record, RatioRecord, RegionRecord
+    from graphopt.int8_report import CandidateRecord, Int8Record, RegionRecord
     from graphopt.sensitivity import SensitivityRecord
 
 _ROWS: Final = 12  # of regions, alike ones in one row; the whole account is in the report
@@ -35,59 +35,17 @@ def show_int8(found: Int8Record, console: Console, *, every_candidate: bool = Fa
 
 
 def _facts(found: Int8Record) -> list[tuple[str, Text | str]]:
-    lines: list[tuple[str, Text | str]] = [("int8", _kept(found))]
+    lines: list[tuple[str, Text | str]] = [("int8", lossy.kept(found))]
     if found.found:
-        lines.append(("compared", _compared(found)))
+        lines.append(("compared", lossy.compared(found)))
     if found.to_lossless is not None:
-        lines.append(("speed", _speed(found)))
+        lines.append(("speed", lossy.speed(found)))
     if found.feeds:
         lines.append(("calibrated", f"on {text.plural(found.feeds, 'feed')}"))
     lines += [("in floats", line) for line in _in_floats(found.regions)]
     if found.decisions is not None:
-        said = "read from" if found.mode == "replay" else "in"
-        lines.append(("decisions", f"{said} {text.clean(found.decisions)}"))
+        lines.append(("decisions", lossy.decided(found)))
     return lines + [("note", text.clean(note)) for note in found.notes]
-
-
-def _kept(found: Int8Record) -> Text:
-    if not found.kept:
-        return Text("nothing kept", style="bold red").append(
-            f": {text.clean(found.reason)}", style="not bold default"
-        )
-    style = "bold yellow" if found.forced else "bold green"
-    said = "forced" if found.forced else "replayed" if found.mode == "replay" else "kept"
-    line = Text(said, style=style)
-    return line.append(
-        f": {text.clean(found.candidate)}; {text.clean(found.reason)}", style="not bold default"
-    )
-
-
-def _compared(found: Int8Record) -> str:
-    """The verdict with what is allowed: agreement 0.9981 on 32 feeds; 0.0019 of 0.0100 lost."""
-    line = text.clean(found.found)
-    if found.before is None or found.after is None:
-        return line
-    if found.min_sqnr is None or found.metric is not None:
-        lost = max(found.before - found.after, 0.0)
-        line += f"; {lost:.4f} lost of {found.max_drop:.4f} that may be"
-    if found.min_sqnr is not None:
-        line += f"; {found.min_sqnr:g} dB have to be left"
-    return line
-
-
-def _speed(found: Int8Record) -> str:
-    assert found.to_lossless is not None
-    times = [found.ms_original, found.ms_lossless, found.ms]
-    steps = " -> ".join(text.milliseconds(ms) for ms in times if ms is not None)
-    line = f"{ratio(found.to_lossless)} against the lossless model"
-    if found.to_original is not None:
-        line += f", {found.to_original.ratio:.2f}x against the original"
-    return f"{line}; {steps}"
-
-
-def ratio(found: RatioRecord) -> str:
-    """1.85x (1.80-1.90)."""
-    return f"{found.ratio:.2f}x ({found.low:.2f}-{found.high:.2f})"
 
 
 # -- regions ---------------------------------------------------------------------------------------
@@ -188,7 +146,7 @@ def _candidates(candidates: Sequence[CandidateRecord]) -> Table:
     table = text.table("candidate", "compared", "good", "size", "to lossless", left=2)
     for candidate in candidates:
         mark = Text("yes", style="green") if candidate.good else Text("no", style="red")
-        speed = "" if candidate.to_lossless is None else ratio(candidate.to_lossless)
+        speed = "" if candidate.to_lossless is None else lossy.ratio(candidate.to_lossless)
         name, found = text.clean(candidate.name), text.clean(candidate.found)
         table.add_row(name, found, mark, text.size(candidate.bytes), speed)
     return table

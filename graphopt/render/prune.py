@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.render import text
-from graphopt.render.int8 import ratio
+from graphopt.render import lossy, text
 
 if TYPE_CHECKING:
     from graphopt.prune_report import PrunedGroup, PrunedLayer, PruneRecord, PruneTrial
@@ -32,67 +31,36 @@ def show_prune(found: PruneRecord, console: Console, *, every_candidate: bool = 
 
 
 def _facts(found: PruneRecord) -> list[tuple[str, Text | str]]:
-    lines: list[tuple[str, Text | str]] = [("prune", _kept(found))]
+    lines: list[tuple[str, Text | str]] = [("prune", lossy.kept(found))]
     if found.found:
-        lines.append(("compared", _compared(found)))
-    gone = [group for group in found.groups if group.gone]
-    lines += [("channels", _group(group)) for group in _largest(gone)]
-    if len(gone) > _GROUPS:
-        lines.append(("channels", f"and of {text.plural(len(gone) - _GROUPS, 'group')} more"))
+        lines.append(("compared", lossy.compared(found)))
+    cut = [group for group in found.groups if group.gone]
+    lines += [("channels", text.clean(group.text)) for group in _largest(cut)]
+    if len(cut) > _GROUPS:
+        lines.append(("channels", f"and of {text.plural(len(cut) - _GROUPS, 'group')} more"))
     if found.bytes is not None:
         change = text.change(found.bytes_lossless, found.bytes)
         sizes = f"{text.size(found.bytes_lossless)} -> {text.size(found.bytes)}"
         lines.append(("size", f"{sizes} ({change}) against the lossless model"))
     if found.to_lossless is not None:
-        lines.append(("speed", _speed(found)))
+        gone = "" if found.macs_gone is None else f"; {found.macs_gone:.0%} of MACs are gone"
+        lines.append(("speed", lossy.speed(found, gone)))
     if found.feeds:
-        lines.append(("fitted", f"on {text.plural(found.feeds, 'feed')}, by {found.recovery}"))
+        lines.append(("fitted", _fitted(found)))
     if found.decisions is not None:
-        said = "read from" if found.mode == "replay" else "in"
-        lines.append(("decisions", f"{said} {text.clean(found.decisions)}"))
+        lines.append(("decisions", lossy.decided(found)))
     return lines + [("note", text.clean(note)) for note in found.notes]
 
 
-def _kept(found: PruneRecord) -> Text:
-    if not found.kept:
-        said = f": {text.clean(found.reason)}"
-        return Text("nothing kept", style="bold red").append(said, style="not bold default")
-    style = "bold yellow" if found.forced else "bold green"
-    said = "forced" if found.forced else "replayed" if found.mode == "replay" else "kept"
-    more = f": {text.clean(found.candidate)}; {text.clean(found.reason)}"
-    return Text(said, style=style).append(more, style="not bold default")
-
-
-def _compared(found: PruneRecord) -> str:
-    line = text.clean(found.found)
-    if found.before is None or found.after is None:
-        return line
-    if found.min_sqnr is None or found.metric is not None:
-        lost = max(found.before - found.after, 0.0)
-        line += f"; {lost:.4f} lost of {found.max_drop:.4f} that may be"
-    if found.min_sqnr is not None:
-        line += f"; {found.min_sqnr:g} dB have to be left"
-    return line
-
-
-def _speed(found: PruneRecord) -> str:
-    assert found.to_lossless is not None
-    times = [found.ms_original, found.ms_lossless, found.ms]
-    steps = " -> ".join(text.milliseconds(ms) for ms in times if ms is not None)
-    line = f"{ratio(found.to_lossless)} against the lossless model"
-    if found.to_original is not None:
-        line += f", {found.to_original.ratio:.2f}x against the original"
-    if found.macs_gone is not None:
-        line += f"; {found.macs_gone:.0%} of MACs are gone"
-    return f"{line}; {steps}"
+def _fitted(found: PruneRecord) -> str:
+    line = f"on {text.plural(found.feeds, 'feed')}, by {found.recovery}"
+    if found.held_out:
+        return f"{line}; compared on others"
+    return line if found.metric is not None else f"{line}; compared on the same"
 
 
 def _largest(groups: Sequence[PrunedGroup]) -> list[PrunedGroup]:
     return sorted(groups, key=lambda group: -group.gone / max(1, group.units))[:_GROUPS]
-
-
-def _group(group: PrunedGroup) -> str:
-    return text.clean(group.text)
 
 
 def _layers(found: PruneRecord, layers: Sequence[PrunedLayer], *, every: bool) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from graphopt import exporter
 from graphopt.edit import Editor
@@ -28,8 +28,7 @@ def taken(model: Model, feeds: Callable[[], Iterable[Feed]], settings: Settings)
         condition = node.inputs[0]
         if condition is None or condition.constant is not None:
             continue
-        options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
-        with Relay(model, feeds(), [condition], **options) as relay:
+        with Relay(model, feeds(), [condition], **settings.relay) as relay:
             seen = {bool(value.reshape(-1)[0]) for value in relay.values(condition)}
         if len(seen) == 1:
             found[_name(node)] = "then_branch" if seen.pop() else "else_branch"

@@ -10,9 +10,11 @@ import onnx
 
 from graphopt import macs
 from graphopt.edit import Editor
-from graphopt.ir import Node
+from graphopt.ir import Model, Node
+from graphopt.observers import Observer
 from graphopt.operators import MACS
 from graphopt.passes.prune.groups import Group, Units
+from graphopt.regions import fixed
 
 
 @dataclass
@@ -98,6 +100,13 @@ def costs(edit: Editor, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> 
     """
     work = Work(edit, [group], shapes)
     return work.total - work.macs({group.root: 1})
+
+
+def sizes_wanted(model: Model) -> set[Observer]:
+    """What has to be seen so that the shapes of all that products read are known."""
+    nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
+    read = {v for node in nodes for v in node.inputs if v is not None and not fixed(v)}
+    return {Observer(value.name, "moving-average") for value in read}
 
 
 def _part(units: Units, count: int) -> float:

@@ -22,7 +22,7 @@ from graphopt.kernels import refit
 from graphopt.kernels.moments import Regression
 from graphopt.kernels.refit import Fit
 from graphopt.passes.linear import Layer, linear_layers
-from graphopt.relay import Relay, paired
+from graphopt.relay import MEMORY, Relay, paired
 from graphopt.runtime import Feed
 from graphopt.statistics import Statistics
 
@@ -50,8 +50,13 @@ class Settings:
     ridge: float = RIDGE
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
-    memory: int = 64 << 20
     adds_biases: bool = True
+    memory: int = MEMORY
+
+    @property
+    def relay(self) -> dict[str, Any]:
+        """What a `Relay` has to be told."""
+        return {"threads": self.threads, "custom_ops": self.custom_ops, "memory": self.memory}
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,10 @@ def fit(
     if only is not None:
         layers = [layer for layer in layers if layer.root in only]
     found = Fitted()
-    options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
-    options["memory"] = settings.memory
     ends = [targets[layer.root].result for layer in layers]
     with (
-        Relay(dense, feeds(), ends, **options) as whole,
-        Relay(edit.model, feeds(), [layer.source for layer in layers], **options) as pruned,
+        Relay(dense, feeds(), ends, **settings.relay) as whole,
+        Relay(edit.model, feeds(), [layer.source for layer in layers], **settings.relay) as pruned,
     ):
         found.feeds = pruned.feeds
         for number, layer in enumerate(layers):
@@ -147,9 +150,8 @@ def grams(
 ) -> dict[str, Array]:
     """Gram matrices [K, K] of what linear layers of one group read, by root."""
     layers = [each for each in linear_layers(Editor(model)) if each.root in roots]
-    options: dict[str, Any] = {"threads": settings.threads, "custom_ops": settings.custom_ops}
     found = {}
-    with Relay(model, feeds(), [each.source for each in layers], **options) as relay:
+    with Relay(model, feeds(), [each.source for each in layers], **settings.relay) as relay:
         for number, layer in enumerate(layers):
             if progress is not None:
                 progress(number / len(layers))

@@ -56,7 +56,6 @@ def unit_scores(
 
     * "obs": its place in the order in which units go when always the one goes without which the
       readers, fitted again, lose least; `grams` are those of what they read;
-
     * "l1", "l2": norms of the weights that give it (Li et al., arXiv:1608.08710);
     * "activation": energy of what its readers read of it, times that of their weights for it;
     * "apoz": the share of positions at which it is not zero (Hu et al., arXiv:1607.03250).

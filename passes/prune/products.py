@@ -12,17 +12,15 @@ _GATES: Final = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 def convolution(call: Call) -> list[Facts] | None:
     """W [M, C / group, taps]: depthwise channels pass, of groups equally many go."""
-    x, w = call.input(0), call.input(1)
-    if x is None or w is None or x.axes is None or w.axes is None or w.origin is None:
+    operands = _operands(call)
+    if operands is None:
         return None
-    if len(x.axes) != len(w.axes) or len(w.axes) < 3:
-        return None
-    groups, channels = call.integer("group", 1), x.axes[1]
-    call.bar(*x.axes[2:], *w.axes[2:])
-    out = w.axes[0]
+    x, w, channels, (first, second) = operands
+    groups = call.integer("group", 1)
+    out = first
     if groups == 1:
         _meet(call, w, 1)
-    elif w.axes[1].size == 1 and channels.size == groups:
+    elif second.size == 1 and channels.size == groups:
         out = _depthwise(call, channels, out, groups)
     else:
         _by_groups(call, w, 1, channels, groups)
@@ -33,18 +31,16 @@ def convolution(call: Call) -> list[Facts] | None:
 
 def transposed_convolution(call: Call) -> list[Facts] | None:
     """W [C, M / group, taps]."""
-    x, w = call.input(0), call.input(1)
-    if x is None or w is None or x.axes is None or w.axes is None or w.origin is None:
+    operands = _operands(call)
+    if operands is None:
         return None
-    if len(x.axes) != len(w.axes) or len(w.axes) < 3:
-        return None
-    groups, channels = call.integer("group", 1), x.axes[1]
-    call.bar(*x.axes[2:], *w.axes[2:])
-    out = w.axes[1]
+    x, w, channels, (first, second) = operands
+    groups = call.integer("group", 1)
+    out = second
     if groups == 1:
         _meet(call, w, 0)
     elif out.size == 1 and channels.size == groups:
-        out = _depthwise(call, channels, w.axes[0], groups)
+        out = _depthwise(call, channels, first, groups)
     else:  # weights that read and give at once, and more than one group: left alone
         return None
     return _convolved(call, x, w, out)
@@ -81,6 +77,17 @@ def _by_groups(call: Call, w: Facts, axis: int, channels: Axis, groups: int) -> 
         return
     call.coupling.unite(inner.labels, *channels.labels.reshape(groups, -1))
     call.read(w, axis, 0, 1)
+
+
+def _operands(call: Call) -> tuple[Facts, Facts, Axis, tuple[Axis, Axis]] | None:
+    """Input and weights of a convolution, its channels, and the weights' first two axes."""
+    x, w = call.input(0), call.input(1)
+    if x is None or w is None or x.axes is None or w.axes is None or w.origin is None:
+        return None
+    if len(x.axes) != len(w.axes) or len(w.axes) < 3:
+        return None
+    call.bar(*x.axes[2:], *w.axes[2:])
+    return x, w, x.axes[1], (w.axes[0], w.axes[1])
 
 
 def _convolved(call: Call, x: Facts, w: Facts, out: Axis) -> list[Facts] | None:

@@ -16,8 +16,6 @@ from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
-from graphopt.operators import MACS
-from graphopt.regions import fixed
 
 if TYPE_CHECKING:  # scipy takes half a second: it is for those who prune
     from graphopt.passes.prune.fitting import Recovery
@@ -82,15 +80,15 @@ class PruneChannels:
         if not self.share:
             return
         from graphopt.passes.prune.channels import Choice, choose, prune_channels, steps
-        from graphopt.passes.prune.costs import Work
+        from graphopt.passes.prune.costs import Work, sizes_wanted
         from graphopt.passes.prune.fitting import Settings, grams
         from graphopt.passes.prune.groups import groups_of
         from graphopt.passes.prune.importance import observed, ranking, readers_of, unit_scores
 
         groups = groups_of(edit)
         with _Copy(model, self.data) as copy:
-            seen = copy.sweep({*observed(groups, self.importance), *_sizes(model)})
-            shapes = {} if seen is None else {v: seen.shape(v).first for v in seen.values}
+            seen = copy.sweep({*observed(groups, self.importance), *sizes_wanted(model)})
+            shapes = {} if seen is None else _shapes(seen)
             known = {}
             roots = readers_of(edit, groups, self.importance)
             if roots and copy.feeds is not None:
@@ -106,18 +104,13 @@ class PruneChannels:
             prune_channels(copy.model(), edit, cut, copy.feeds, Settings(self.recover))
 
 
+def _shapes(seen: Statistics) -> dict[str, tuple[int, ...]]:
+    return {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
+
+
 def _harm(lost: Any) -> Callable[[int], float]:
     """The share of a group's importance that its first units have."""
     return lambda count: float(lost[count - 1]) if count else 0.0
-
-
-def _sizes(model: Model) -> set[Observer]:
-    """What products read, of which sizes have to be known."""
-    from graphopt.statistics import Observer
-
-    nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
-    read = {v for node in nodes for v in node.inputs if v is not None and not fixed(v)}
-    return {Observer(value.name, "moving-average") for value in read}
 
 
 class _Copy:

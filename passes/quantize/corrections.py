@@ -18,10 +18,11 @@ from graphopt.edit import Editor
 from graphopt.ir import Node, Value
 from graphopt.kernels.affine import Affine, dequantize, quantize
 from graphopt.kernels.rounding import gptq
+from graphopt.passes.linear import convolution_patches
 from graphopt.passes.quantize.emission import Options, weight_affine
 from graphopt.passes.quantize.units import Unit
 from graphopt.runtime import Feed
-from graphopt.statistics import Observer, Patches, Statistics, sweep
+from graphopt.statistics import Observer, Statistics, sweep
 
 RULE: Final = "round-beside"
 
@@ -150,16 +151,9 @@ def gram_observer(edit: Editor, unit: Unit) -> Observer | None:
     name = unit.inputs[0].name
     if unit.kind == "product":
         return Observer(name, "gram", -1)
-    stated = {a.name: onnx.helper.get_attribute_value(a) for a in unit.node.proto.attribute}
-    if stated.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+    patches = convolution_patches(unit.node, _numbers(edit, unit.weights).shape[2:])
+    if patches is None:
         return None
-    patches = Patches(
-        _numbers(edit, unit.weights).shape[2:],
-        tuple(stated.get("strides", ())),
-        tuple(stated.get("pads", ())),
-        tuple(stated.get("dilations", ())),
-        stated.get("group", 1),
-    )
     return Observer(name, "gram", patches=patches)
 
 
