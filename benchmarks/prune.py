@@ -85,15 +85,16 @@ print(json.dumps(fit_alone(*sys.argv[2:])))
 class Results:
     """Measured cells by table and key, and scores by file, written after every one of them."""
 
-    def __init__(self, path: Path, again: bool) -> None:
-        self.path, self.again, self.version = path, again, version()
+    def __init__(self, path: Path, again: bool, keep: bool = False) -> None:
+        self.path, self.again, self.keep, self.version = path, again, keep, version()
         self.tables: Tables = json.loads(path.read_text()) if path.exists() else {}
 
     def measured(self, table: str, name: str, make: Callable[[], Cell], sets: str = "") -> None:
         """Measure a cell unless this code has measured it on these sets."""
         cells = self.tables.setdefault(table, {})
         made_by = {"version": self.version, "sets": sets}
-        if not self.again and made_by.items() <= cells.get(name, {}).items():
+        known = cells.get(name, {})
+        if not self.again and (made_by.items() <= known.items() or (self.keep and known)):
             return
         print(f"{table}: {name}", file=sys.stderr, flush=True)
         try:
@@ -442,10 +443,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
     parser.add_argument("--check", action="store_true", help="compare with the sets' own eval.py")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
+    parser.add_argument("--keep", action="store_true", help="keep what other commits measured")
     parser.add_argument("--seconds", type=float, default=40, help="of `latency` (default: 40)")
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     given = parser.parse_args()
-    results = Results(given.json, given.again)
+    results = Results(given.json, given.again, given.keep)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         for table in (
             tables if given.table == "all" else [given.table] if given.table in tables else []
