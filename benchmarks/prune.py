@@ -52,13 +52,13 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import Model
 from graphopt.judging import Budget
 from graphopt.manager import run_pipeline
+from graphopt.passes.fitting import Settings, fit, grams
 from graphopt.passes.prune import importance as units_by
 from graphopt.passes.prune.channels import Cut, column_masks, prune_channels
-from graphopt.passes.prune.fitting import Settings, fit, grams
 from graphopt.passes.prune.groups import groups_of
-from graphopt.passes.prune.recipe import PruneRecipe, Stage
 from graphopt.passes.prune.sparse import Densify
 from graphopt.passes.prune.weights import Pattern, Sparsity, prune_weights
+from graphopt.passes.recipe import Stage, StagedRecipe
 from graphopt.proposals import first_feed
 from graphopt.pruning import PruneRequest, Pruning
 from graphopt.runtime import Feed, Session
@@ -205,7 +205,7 @@ class Bench:
             known[name] = int8_steps.rounded(found)
         return known[name]
 
-    def score_recipe(self, recipe: PruneRecipe) -> Cell:
+    def score_recipe(self, recipe: StagedRecipe) -> Cell:
         target = self.folder / f"{self.name}-scored.onnx"
         recipe.write(self.lossless, target)
         return self.score(target) | {"bytes": target.stat().st_size}
@@ -216,7 +216,7 @@ class Bench:
 
 def pruned(
     bench: Bench, row: Row, data: Path | None, importance: str, recover: str
-) -> tuple[PruneRecipe, float]:
+) -> tuple[StagedRecipe, float]:
     """What graphopt makes of the model, good or not, and the share that is really gone."""
     asked: dict[str, Any] = {"data": None if data is None else str(data), "budget": NEVER}
     if row.kind == "channels":
@@ -239,7 +239,7 @@ def pruned(
 
 def cut_evenly(
     bench: Bench, row: Row, data: Path, importance: units_by.UnitImportance, recover: str
-) -> tuple[PruneRecipe, float]:
+) -> tuple[StagedRecipe, float]:
     """The same share of each group, or of the last two; and the share of all their channels."""
     dense, edit = Model.load(bench.lossless), Editor(Model.load(bench.lossless))
     groups = groups_of(edit)
@@ -258,9 +258,9 @@ def cut_evenly(
         cut[group.root] = tuple(sorted(order[: round(row.share * group.units)]))
     share = sum(map(len, cut.values())) / sum(group.units for group in groups)
     if recover == "none":
-        return PruneRecipe((Stage(cut=cut),)), share
+        return StagedRecipe((Stage(cut=cut),)), share
     # The stage is of the model before channels are out, `prune_channels` takes them out as well.
-    return PruneRecipe((_fitted(dense, edit, cut, feeds),)), share
+    return StagedRecipe((_fitted(dense, edit, cut, feeds),)), share
 
 
 def _fitted(dense: Model, edit: Editor, cut: Cut, feeds: Callable[[], Iterator[Feed]]) -> Stage:
@@ -273,17 +273,17 @@ def _feeds(model: Path, data: str) -> Iterator[dict[str, Any]]:
         yield from given_feeds(data, session)
 
 
-def unfitted(recipe: PruneRecipe, lossless: Path) -> PruneRecipe:
+def unfitted(recipe: StagedRecipe, lossless: Path) -> StagedRecipe:
     """The same zeros and the same cut, with the weights that the model came with."""
     (stage,) = recipe.stages
     if stage.cut:
-        return PruneRecipe((Stage(cut=stage.cut),))
+        return StagedRecipe((Stage(cut=stage.cut),))
     values, weights = Model.load(lossless).graph.values, {}
     for name, array in stage.weights.items():
         weight = values[name].weight
         if weight is not None and array.ndim > 1:  # the others are biases
             weights[name] = np.where(array != 0, weight.values, np.float32(0))
-    return PruneRecipe((Stage(weights),))
+    return StagedRecipe((Stage(weights),))
 
 
 def measure_row(bench: Bench, table: str, row: Row, seeds: int) -> None:

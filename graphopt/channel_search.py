@@ -18,6 +18,7 @@ from graphopt.edit import Editor
 from graphopt.errors import RuntimeFailure
 from graphopt.ir import Model, Node
 from graphopt.operators import MACS
+from graphopt.passes.fitting import Fitted, Settings, fit, grams
 from graphopt.passes.prune import importance as units_by
 from graphopt.passes.prune.channels import (
     Choice,
@@ -28,11 +29,11 @@ from graphopt.passes.prune.channels import (
     power_law,
     steps,
 )
-from graphopt.passes.prune.costs import Work, sizes_wanted
-from graphopt.passes.prune.fitting import Fitted, Settings, fit, grams
+from graphopt.passes.prune.costs import Work
 from graphopt.passes.prune.groups import Group, groups_of
 from graphopt.passes.prune.importance import UnitImportance, ranking, unit_scores
-from graphopt.passes.prune.recipe import PruneRecipe, Stage
+from graphopt.passes.recipe import Stage, StagedRecipe
+from graphopt.passes.work import sizes_wanted
 from graphopt.runtime import Feed
 from graphopt.selection import Selection, Tell
 from graphopt.statistics import Statistics, sweep
@@ -63,7 +64,7 @@ class ChannelSearch:
         self,
         lossless: Path,
         by: UnitImportance,
-        selection: Selection[PruneRecipe],
+        selection: Selection[StagedRecipe],
         feeds: Feeds | None,
         settings: Settings,
         costs: NodeCosts,
@@ -184,7 +185,7 @@ class ChannelSearch:
         readers = set(column_masks(self._edit, self.groups, cut))
         stage, _ = self._fitted(cut, few, readers)
         target = self._folder / "alone.onnx"
-        exporter.save(PruneRecipe((stage,)).dense(self._lossless), target)
+        exporter.save(StagedRecipe((stage,)).dense(self._lossless), target)
         try:
             return self._selection.judge.noise(target, _FEEDS)
         except RuntimeFailure:

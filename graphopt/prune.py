@@ -13,7 +13,7 @@ from graphopt import exporter
 from graphopt.account import Remarks, Sizes, kept_or_forced
 from graphopt.decisions import Decisions, sha256
 from graphopt.errors import UsageError
-from graphopt.passes.prune.recipe import PruneRecipe
+from graphopt.passes.recipe import StagedRecipe
 from graphopt.prune_account import prune_account, prune_decision, replayed_pruning
 from graphopt.prune_report import PruneRecord
 from graphopt.pruning import PruneOutcome, PruneRequest, Pruning
@@ -32,14 +32,14 @@ class Prune:
     """
 
     def __init__(self, wanted: PruneWanted, common: Mapping[str, Any], remarks: Remarks) -> None:
-        self.recipe: PruneRecipe | None = None
+        self.recipe: StagedRecipe | None = None
         self.is_wanted = wanted.is_wanted
         self.has_zeros = False
         self._remarks = remarks
         self._wanted = wanted
         self._request = _request(wanted, common)
         self._outcome: PruneOutcome | None = None
-        self._trial: Trial[PruneRecipe] | None = None
+        self._trial: Trial[StagedRecipe] | None = None
         self._path: Path | None = None
 
     def read(self, decisions: Decisions, path: Path) -> None:
@@ -54,7 +54,7 @@ class Prune:
             if sha256([beside]) != found.sha256:
                 raise ValueError("it is not the file that was written with them")
             with np.load(beside, allow_pickle=False) as archive:
-                self.recipe = PruneRecipe.of({name: archive[name] for name in archive.files})
+                self.recipe = StagedRecipe.of({name: archive[name] for name in archive.files})
         except _DAMAGE as error:
             said = error.strerror if isinstance(error, OSError) else str(error)
             raise UsageError(f"decisions {path}: the weights {beside.name}: {said}") from None

@@ -11,10 +11,10 @@ from graphopt.decisions import PruningDecision
 from graphopt.edit import Editor
 from graphopt.ir import Model
 from graphopt.judging import Judged
+from graphopt.passes.fitting import LayerFit
 from graphopt.passes.linear import linear_layers
-from graphopt.passes.prune.fitting import LayerFit
-from graphopt.passes.prune.recipe import PruneRecipe
 from graphopt.passes.prune.remove import SUFFIX
+from graphopt.passes.recipe import StagedRecipe
 from graphopt.prune_report import (
     NO_SPEED,
     PrunedGroup,
@@ -30,7 +30,7 @@ from graphopt.search import Trial
 def prune_account(
     outcome: PruneOutcome,
     request: PruneRequest,
-    trial: Trial[PruneRecipe] | None,
+    trial: Trial[StagedRecipe] | None,
     sizes: Sizes,
     lossless: Path,
 ) -> PruneRecord:
@@ -92,7 +92,7 @@ def replayed_pruning(decision: PruningDecision, max_drop: float, sizes: Sizes) -
 
 
 def prune_decision(
-    outcome: PruneOutcome, request: PruneRequest, trial: Trial[PruneRecipe], digest: str
+    outcome: PruneOutcome, request: PruneRequest, trial: Trial[StagedRecipe], digest: str
 ) -> PruningDecision:
     """What the decisions file says; `digest` is of the file of weights."""
     return PruningDecision(
@@ -112,7 +112,7 @@ def _importance(request: PruneRequest) -> str:
     return ", ".join(dict.fromkeys(by))
 
 
-def _of(outcome: PruneOutcome, trial: Trial[PruneRecipe], lossless: Path) -> dict[str, Any]:
+def _of(outcome: PruneOutcome, trial: Trial[StagedRecipe], lossless: Path) -> dict[str, Any]:
     """What is said of one candidate."""
     winner, verdict, name = outcome.winner, trial.verdict, trial.name
     found: dict[str, Any] = {
@@ -132,7 +132,7 @@ def _of(outcome: PruneOutcome, trial: Trial[PruneRecipe], lossless: Path) -> dic
     return found
 
 
-def _layers(outcome: PruneOutcome, trial: Trial[PruneRecipe], lossless: Path) -> list[PrunedLayer]:
+def _layers(outcome: PruneOutcome, trial: Trial[StagedRecipe], lossless: Path) -> list[PrunedLayer]:
     before, after = _weight_bytes(lossless), _weight_bytes(trial.file)
     return [
         PrunedLayer(
@@ -168,7 +168,7 @@ def _weight_bytes(path: Path) -> dict[str, int]:
     return {layer.root: layer.weight.nbytes for layer in linear_layers(edit, sparse=True)}
 
 
-def _trial(outcome: PruneOutcome, trial: Trial[PruneRecipe]) -> PruneTrial:
+def _trial(outcome: PruneOutcome, trial: Trial[StagedRecipe]) -> PruneTrial:
     return PruneTrial(
         name=trial.name,
         good=trial.verdict.good,

@@ -18,10 +18,10 @@ from graphopt.attribution import NodeCosts, node_costs
 from graphopt.channel_search import ChannelSearch, GroupCut
 from graphopt.edit import Editor
 from graphopt.ir import Model
-from graphopt.passes.prune.fitting import LayerFit, Recovery, Settings
+from graphopt.passes.fitting import LayerFit, Recovery, Settings
 from graphopt.passes.prune.importance import UnitImportance
-from graphopt.passes.prune.recipe import PruneRecipe, Stage
 from graphopt.passes.prune.weights import Importance, Pattern, Sparsity, prune_weights
+from graphopt.passes.recipe import Stage, StagedRecipe
 from graphopt.report import model_bytes
 from graphopt.runtime import Feed
 from graphopt.search import Trial, Winner
@@ -60,10 +60,10 @@ class PruneOutcome:
     the MACs that go with channels; `costs` are of the lossless model and of the kept one.
     """
 
-    recipe: PruneRecipe | None
+    recipe: StagedRecipe | None
     reason: str
-    trials: list[Trial[PruneRecipe]]
-    winner: Winner[PruneRecipe]
+    trials: list[Trial[StagedRecipe]]
+    winner: Winner[StagedRecipe]
     layers: Mapping[str, list[LayerFit]]
     groups: Mapping[str, list[GroupCut]]
     shares: Mapping[str, float]
@@ -75,7 +75,7 @@ class PruneOutcome:
     held_out: bool
 
     @property
-    def kept(self) -> Trial[PruneRecipe] | None:
+    def kept(self) -> Trial[StagedRecipe] | None:
         """The candidate that is kept."""
         return self.winner.trial if self.recipe is not None else None
 
@@ -90,7 +90,7 @@ class Pruning:
         self._request = request
         self._folder = folder
         self._tell = tell
-        self._selection: Selection[PruneRecipe] = Selection(
+        self._selection: Selection[StagedRecipe] = Selection(
             original, lossless, request, tell, self._write
         )
         self._settings = Settings(
@@ -109,7 +109,7 @@ class Pruning:
         """Search. Raises UsageError where the data does not fit, or is missing."""
         with self._selection.judge:
             self._costs = self._profile(self._lossless)
-            base: Trial[PruneRecipe] | None = None
+            base: Trial[StagedRecipe] | None = None
             if self._request.channels is not None:
                 base = self._channels(self._request.channels)
             if not self._request.wants_zeros or (
@@ -127,7 +127,7 @@ class Pruning:
                 return self._outcome(base)
             return self._outcome(sparse)
 
-    def _write(self, recipe: PruneRecipe, number: int) -> Path:
+    def _write(self, recipe: StagedRecipe, number: int) -> Path:
         target = self._folder / f"pruned-{number}.onnx"
         recipe.write(self._lossless, target)
         return target
@@ -139,8 +139,8 @@ class Pruning:
         return lambda: itertools.islice(self._selection.feeds(), _FIT_FEEDS)
 
     def _largest(
-        self, shares: Sequence[float], attempt: Callable[[float], Trial[PruneRecipe] | None]
-    ) -> Trial[PruneRecipe] | None:
+        self, shares: Sequence[float], attempt: Callable[[float], Trial[StagedRecipe] | None]
+    ) -> Trial[StagedRecipe] | None:
         """The candidate with the largest of the shares that is good, by halving the range."""
         low, high = 0, len(shares)
         best = None
@@ -155,13 +155,13 @@ class Pruning:
 
     # -- single weights ----------------------------------------------------------------------------
 
-    def _zeros(self, base: Trial[PruneRecipe] | None) -> Trial[PruneRecipe] | None:
+    def _zeros(self, base: Trial[StagedRecipe] | None) -> Trial[StagedRecipe] | None:
         stages = () if base is None else base.recipe.stages
         with tempfile.TemporaryDirectory(prefix="graphopt-", dir=self._folder) as folder:
             dense = Path(folder) / "dense.onnx"
-            exporter.save(PruneRecipe(stages).dense(self._lossless), dense)
+            exporter.save(StagedRecipe(stages).dense(self._lossless), dense)
 
-            def attempt(share: float | None) -> Trial[PruneRecipe]:
+            def attempt(share: float | None) -> Trial[StagedRecipe]:
                 return self._sparse(dense, stages, base, share)
 
             sparsity = self._request.sparsity
@@ -173,9 +173,9 @@ class Pruning:
         self,
         dense: Path,
         stages: tuple[Stage, ...],
-        base: Trial[PruneRecipe] | None,
+        base: Trial[StagedRecipe] | None,
         share: float | None,
-    ) -> Trial[PruneRecipe]:
+    ) -> Trial[StagedRecipe]:
         request = self._request
         how = Sparsity(share, request.threshold, request.pattern, request.importance)
         name = _zeros_name(how)
@@ -193,13 +193,13 @@ class Pruning:
         if base is not None:
             self._groups[name] = self._groups[base.name]
             self._macs[name] = self._macs[base.name]
-        return self._selection.try_out(name, PruneRecipe((*stages, stage)))
+        return self._selection.try_out(name, StagedRecipe((*stages, stage)))
 
     # -- channels ----------------------------------------------------------------------------------
 
     def trial(
         self, *, channels: float | None = None, sparsity: float | None = None
-    ) -> Trial[PruneRecipe] | None:
+    ) -> Trial[StagedRecipe] | None:
         """One candidate of a share, judged and not timed; None where nothing can go.
 
         Without one, zeros are those of the pattern or the threshold that were asked for. What
@@ -210,11 +210,11 @@ class Pruning:
                 return self._cut(channels)
             return self._sparse(self._lossless, (), None, sparsity)
 
-    def share(self, trial: Trial[PruneRecipe]) -> float:
+    def share(self, trial: Trial[StagedRecipe]) -> float:
         """Of the MACs, or of the weights, that are gone in a candidate."""
         return self._shares[trial.name]
 
-    def _channels(self, share: Share) -> Trial[PruneRecipe] | None:
+    def _channels(self, share: Share) -> Trial[StagedRecipe] | None:
         """The candidate with channels out; of several that are good the fastest."""
         if share != AUTO:
             return self._cut(share)
@@ -225,7 +225,7 @@ class Pruning:
         self._selection.race(good)
         return max(good, key=self._selection.speed)
 
-    def _cut(self, share: float) -> Trial[PruneRecipe] | None:
+    def _cut(self, share: float) -> Trial[StagedRecipe] | None:
         """The candidate of a share of the MACs; None where nothing can go."""
         if self._search is None:
             self._search = ChannelSearch(
@@ -249,7 +249,7 @@ class Pruning:
         self._layers[name], self._fitted_on = found.layers, found.feeds
         self._shares[name] = self._macs[name] = part
         self._groups[name] = search.account(cut)
-        return self._selection.try_out(name, PruneRecipe((stage,)))
+        return self._selection.try_out(name, StagedRecipe((stage,)))
 
     def _profile(self, file: Path) -> NodeCosts:
         """Where a model's time goes."""
@@ -259,9 +259,9 @@ class Pruning:
 
     # -- the choice --------------------------------------------------------------------------------
 
-    def _outcome(self, last: Trial[PruneRecipe] | None) -> PruneOutcome:
+    def _outcome(self, last: Trial[StagedRecipe] | None) -> PruneOutcome:
         good = last is not None and last.verdict.good
-        winner: Winner[PruneRecipe] = Winner(None, {}, {}, None)
+        winner: Winner[StagedRecipe] = Winner(None, {}, {}, None)
         if last is not None and good:
             winner = self._selection.fastest([last])
         reason = self._reason(last, winner)
@@ -282,7 +282,7 @@ class Pruning:
             self._selection.holds_out,
         )
 
-    def _reason(self, last: Trial[PruneRecipe] | None, winner: Winner[PruneRecipe]) -> str:
+    def _reason(self, last: Trial[StagedRecipe] | None, winner: Winner[StagedRecipe]) -> str:
         """Why nothing is kept, "" where something is."""
         trials = self._selection.trials
         if not trials:

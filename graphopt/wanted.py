@@ -12,7 +12,7 @@ from graphopt.compress import MODES, Mode
 from graphopt.errors import UsageError
 from graphopt.judging import Budget
 from graphopt.metric import load_metric
-from graphopt.passes.prune.fitting import RECOVERIES, Recovery
+from graphopt.passes.fitting import RECOVERIES, Recovery
 from graphopt.passes.prune.importance import UNIT_IMPORTANCES, UnitImportance
 from graphopt.passes.prune.weights import IMPORTANCES, Importance, Pattern, Sparsity
 from graphopt.pruning import AUTO, Share

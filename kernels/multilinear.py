@@ -230,22 +230,27 @@ def _alternating(flat: Floats, factors: list[Floats]) -> list[Floats]:
     first, middle, last = factors
     whole = float(np.sum(np.square(flat)))
     before, pull = math.inf, _PULL
+    by_axis = [np.moveaxis(flat, axis, 0).reshape(flat.shape[axis], -1) for axis in (1, 2, 0)]
     for _ in range(_ITERATIONS):
-        first = _pulled(np.einsum("mct,rt,mr->cr", flat, middle, last, optimize=True), first.T,
-                        (middle @ middle.T) * (last.T @ last), pull).T  # fmt: skip
-        middle = _pulled(np.einsum("mct,rc,mr->tr", flat, first, last, optimize=True), middle.T,
-                         (first @ first.T) * (last.T @ last), pull).T  # fmt: skip
+        # The other two axes of each unfolding are in the order m, c, t.
+        cross = by_axis[0] @ _pairs(last, middle.T)
+        first = _pulled(cross, first.T, (middle @ middle.T) * (last.T @ last), pull).T
+        cross = by_axis[1] @ _pairs(last, first.T)
+        middle = _pulled(cross, middle.T, (first @ first.T) * (last.T @ last), pull).T
+        cross = by_axis[2] @ _pairs(first.T, middle.T)
         both = (first @ first.T) * (middle @ middle.T)
-        cross = np.einsum("mct,rc,rt->mr", flat, first, middle, optimize=True)
         last = _pulled(cross, last, both, pull)
+        lost = whole - 2 * float(np.sum(cross * last)) + float(np.sum(both * (last.T @ last)))
         first, middle, last = _balanced([first, middle, last])
-        both = (first @ first.T) * (middle @ middle.T) * (last.T @ last)
-        inner = float(np.sum(_made(CP, [first, middle, last]) * flat))
-        lost = whole - 2 * inner + float(both.sum())
         if before - lost <= _SETTLED * max(whole, np.finfo(np.float64).tiny) and pull <= 1e-6:
             break
         before, pull = lost, max(pull * 0.7, 1e-7)
     return [first, middle, last]
+
+
+def _pairs(a: Floats, b: Floats) -> Floats:
+    """Products of the rows of a [n, r] and b [k, r], all with all: [n k, r]."""
+    return np.asarray((a[:, None, :] * b[None, :, :]).reshape(-1, a.shape[1]))
 
 
 def _pulled(cross: Floats, before: Floats, gram: Floats, pull: float) -> Floats:

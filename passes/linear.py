@@ -42,8 +42,9 @@ class Bias:
 class Layer:
     """A linear layer; `is_turned` where its weights are stored as [K, M].
 
-    `patches` are the rows that a convolution reads, None for a product, whose rows lie along the
-    last axis. `is_own` is False where other nodes read the weights too.
+    `weights` is the initializer, also where a Transpose stands between it and the node. `patches`
+    are the rows that a convolution reads, None for a product, whose rows lie along the last axis.
+    `is_own` is False where other nodes read the weights too.
     """
 
     node: Node
@@ -120,7 +121,8 @@ def layer_of(edit: Editor, node: Node, *, sparse: bool = False) -> Layer | None:
     """The node as a linear layer, None where it is none."""
     if node.domain or node.op not in ("Conv", *_PRODUCTS) or len(node.inputs) < 2:
         return None
-    source, weights, result = node.inputs[0], node.inputs[1], node.outputs[0]
+    source, result = node.inputs[0], node.outputs[0]
+    weights, is_behind = _stored(node)
     weight = constant_of(weights, edit.model.store)
     if source is None or weights is None or result is None or weight is None:
         return None
@@ -138,8 +140,22 @@ def layer_of(edit: Editor, node: Node, *, sparse: bool = False) -> Layer | None:
     if node.op in _PRODUCTS and (len(weight.shape) != 2 or not _is_plain(node)):
         return None
     turned = node.op == "MatMul" or (node.op == "Gemm" and not _number(node, "transB", 0))
-    own = sum(weights.consumers.values()) == 1 and not weights.is_output
+    turned ^= is_behind
+    ways = [v for v in dict.fromkeys((weights, node.inputs[1])) if v is not None]
+    own = all(sum(v.consumers.values()) == 1 and not v.is_output for v in ways)
     return Layer(node, source, weights, weight, result, _bias(edit, node), patches, turned, own)
+
+
+def _stored(node: Node) -> tuple[Value | None, bool]:
+    """What a node's weights are stored as, and whether a product reads them through a Transpose."""
+    weights = node.inputs[1]
+    turns = None if weights is None or node.op not in _PRODUCTS else weights.producer
+    if turns is None or turns.domain or turns.op != "Transpose" or turns.graph is not node.graph:
+        return weights, False
+    order = turns.attribute("perm")
+    if order is not None and list(order.ints) != [1, 0]:
+        return weights, False
+    return turns.inputs[0], True
 
 
 def convolution_patches(node: Node, kernel: tuple[int, ...]) -> Patches | None:

@@ -12,8 +12,8 @@ import pytest
 from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.ir import Model
+from graphopt.passes.fitting import Recovery, Settings
 from graphopt.passes.prune.branches import flattened, taken
-from graphopt.passes.prune.fitting import Recovery, Settings
 from graphopt.passes.prune.weights import Sparsity, prune_weights
 from graphopt.runtime import Session
 from tests.prune_runs import weights

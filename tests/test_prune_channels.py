@@ -20,6 +20,7 @@ from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model, Node
 from graphopt.manager import run_pipeline
+from graphopt.passes.fitting import Settings
 from graphopt.passes.linear import linear_layers
 from graphopt.passes.prune.channels import (
     Choice,
@@ -31,7 +32,6 @@ from graphopt.passes.prune.channels import (
     take_out,
 )
 from graphopt.passes.prune.costs import Work
-from graphopt.passes.prune.fitting import Settings
 from graphopt.passes.prune.groups import Group, groups_of
 from graphopt.passes.prune.importance import (
     UNIT_IMPORTANCES,

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from graphopt import exporter, verify
 from graphopt.edit import Editor
 from graphopt.ir import Model
+from graphopt.passes import fitting
+from graphopt.passes.fitting import Fitted, Recovery, Settings, fit, mask_layer
 from graphopt.passes.linear import linear_layers
-from graphopt.passes.prune import fitting
-from graphopt.passes.prune.fitting import Fitted, Recovery, Settings, fit, mask_layer
 from graphopt.runtime import Session
 from tests.prune_runs import NET, correlated, output_error, pair, weighted, weights
 

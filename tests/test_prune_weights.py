@@ -15,9 +15,9 @@ from graphopt.errors import UsageError
 from graphopt.ir import Model
 from graphopt.kernels import saliency
 from graphopt.manager import run_pipeline
+from graphopt.passes.fitting import Settings
 from graphopt.passes.linear import Layer, linear_layers
 from graphopt.passes.prune import weights as module
-from graphopt.passes.prune.fitting import Settings
 from graphopt.passes.prune.steps import PruneWeights
 from graphopt.passes.prune.weights import Pattern, Pruned, Sparsity, prune_weights
 from tests.prune_runs import DATA, DIGITS, NET, correlated, output_error, pair, weighted, weights

@@ -14,7 +14,7 @@ from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.passes.canonicalize.inline_if import branch_of, inline
-from graphopt.passes.prune.fitting import Settings
+from graphopt.passes.fitting import Settings
 from graphopt.relay import Relay
 from graphopt.runtime import Feed
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
+from graphopt.passes.fitting import LayerFit, Settings, fit
 from graphopt.passes.linear import layer_of
 from graphopt.passes.prune.costs import Work
-from graphopt.passes.prune.fitting import LayerFit, Settings, fit
 from graphopt.passes.prune.groups import Group, groups_of
 from graphopt.passes.prune.remove import remove
 from graphopt.runtime import Feed

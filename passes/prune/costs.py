@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 
-from graphopt import macs
 from graphopt.edit import Editor
-from graphopt.ir import Model, Node
-from graphopt.observers import Observer
+from graphopt.ir import Node
 from graphopt.operators import MACS
 from graphopt.passes.prune.groups import Group, Units
-from graphopt.regions import fixed
+from graphopt.passes.work import node_macs
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Work:
         for group in groups:
             self._add(group)
         products = (n for n in edit.model.graph.nodes if (n.domain, n.op) in MACS)
-        self._macs = {node: _macs(edit, node, shapes) for node in products}
+        self._macs = {node: node_macs(edit, node, shapes) for node in products}
         self.total = sum(self._macs.values())
 
     def _add(self, group: Group) -> None:
@@ -102,47 +99,6 @@ def costs(edit: Editor, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> 
     return work.total - work.macs({group.root: 1})
 
 
-def sizes_wanted(model: Model) -> set[Observer]:
-    """What has to be seen so that the shapes of all that products read are known."""
-    nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
-    read = {v for node in nodes for v in node.inputs if v is not None and not fixed(v)}
-    return {Observer(value.name, "moving-average") for value in read}
-
-
 def _part(units: Units, count: int) -> float:
     """The part of an axis that one unit takes on average."""
     return float(np.count_nonzero(units >= 0)) / len(units) / count
-
-
-def _macs(edit: Editor, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Of one node, counted as a model of its own."""
-    inputs, sizes = [], {}
-    proto = onnx.NodeProto()
-    proto.CopyFrom(node.proto)
-    for slot, value in enumerate(node.inputs):
-        if value is None:
-            continue
-        known, name = edit.types[value], f"x{slot}"
-        size = _size(value.name, known.shape if known is not None else None, shapes)
-        if size is None or known is None:
-            return 0
-        proto.input[slot] = name
-        sizes[name] = size
-        inputs.append(onnx.helper.make_tensor_value_info(name, known.data_type, size))
-    proto.output[:] = [f"y{slot}" for slot in range(len(node.outputs))]
-    graph = onnx.helper.make_graph([proto], "node", inputs, [])
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in proto.output)
-    model = onnx.ModelProto(ir_version=edit.model.proto.ir_version, graph=graph)
-    model.opset_import.extend(edit.model.proto.opset_import)
-    return macs.count(model, sizes).total
-
-
-def _size(
-    name: str,
-    proven: tuple[int | str | None, ...] | None,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[int, ...] | None:
-    if name in shapes:
-        return shapes[name]
-    found = tuple(size for size in proven or () if isinstance(size, int))
-    return found if proven is not None and len(found) == len(proven) else None

@@ -18,7 +18,7 @@ from graphopt.errors import UsageError
 from graphopt.ir import Model
 
 if TYPE_CHECKING:  # scipy takes half a second: it is for those who prune
-    from graphopt.passes.prune.fitting import Recovery
+    from graphopt.passes.fitting import Recovery
     from graphopt.passes.prune.importance import UnitImportance
     from graphopt.passes.prune.weights import Importance
     from graphopt.runtime import Feed
@@ -46,7 +46,7 @@ class PruneWeights:
         """Prune the main graph's weights."""
         if not (self.sparsity or self.nm or self.threshold):
             return
-        from graphopt.passes.prune.fitting import Settings
+        from graphopt.passes.fitting import Settings
         from graphopt.passes.prune.weights import Pattern, Sparsity, prune_weights
 
         stated = self.nm or self.block
@@ -79,11 +79,12 @@ class PruneChannels:
             raise UsageError(f"share {self.share}: it is 0 or more, and below 1")
         if not self.share:
             return
+        from graphopt.passes.fitting import Settings, grams
         from graphopt.passes.prune.channels import Choice, choose, prune_channels, steps
-        from graphopt.passes.prune.costs import Work, sizes_wanted
-        from graphopt.passes.prune.fitting import Settings, grams
+        from graphopt.passes.prune.costs import Work
         from graphopt.passes.prune.groups import groups_of
         from graphopt.passes.prune.importance import observed, ranking, readers_of, unit_scores
+        from graphopt.passes.work import sizes_wanted
 
         groups = groups_of(edit)
         with _Copy(model, self.data) as copy:

@@ -20,9 +20,9 @@ from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model, Value
 from graphopt.kernels import masks, saliency
+from graphopt.passes.fitting import LayerFit, Score, Settings, fit, mask_layer
 from graphopt.passes.linear import linear_layers
 from graphopt.passes.prune import branches as branching
-from graphopt.passes.prune.fitting import LayerFit, Score, Settings, fit, mask_layer
 from graphopt.runtime import Feed
 
 Array = NDArray[Any]

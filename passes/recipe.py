@@ -15,9 +15,9 @@ from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.ir import Model
 from graphopt.manager import run_pipeline
+from graphopt.passes.fitting import add_bias
 from graphopt.passes.linear import linear_layers
 from graphopt.passes.prune.channels import Cut, take_out
-from graphopt.passes.prune.fitting import add_bias
 from graphopt.passes.prune.groups import groups_of
 from graphopt.passes.prune.sparse import Sparsify
 
@@ -79,7 +79,7 @@ def _differ(old: Any, new: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class PruneRecipe:
+class StagedRecipe:
     """Stages one after another; zeros are stored as such at the end where that is smaller."""
 
     stages: tuple[Stage, ...] = ()
@@ -115,7 +115,7 @@ class PruneRecipe:
         return found
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Array]) -> PruneRecipe:
+    def of(cls, arrays: Mapping[str, Array]) -> StagedRecipe:
         """The recipe of such arrays. Raises ValueError for any others."""
         stages: dict[int, dict[str, dict[str, Any]]] = {}
         for key, array in arrays.items():

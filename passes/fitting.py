@@ -35,6 +35,9 @@ _ROWS_PER_FEATURE: Final = 20
 _BATCH: Final = 4096  # rows that are multiplied at a time
 _LEAST_SIGNAL: Final = 1e-30  # a variance: an output that varies less is constant
 
+Narrow = Callable[[Array, Array | None], Array]
+"""Weights [M, K] of less freedom near given ones, by the Gram matrix [K, K] of what is read."""
+
 Score = Callable[[Array, Array], Array]
 """Scores [M, K] from weights [M, K] and the Gram matrix [K, K] of what they read."""
 
@@ -95,11 +98,13 @@ def fit(
     *,
     only: Collection[str] | None = None,
     score: Score | None = None,
+    narrow: Mapping[str, Narrow] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Fitted:
     """Mask the weights of layers, by root, and fit these and all others in their order.
 
-    With `only` others than those stay as they are.
+    With `only` others than those stay as they are. Layers named in `narrow` get weights of the form
+    that it gives: of those that were fitted, weighed by what they read, less what a bias makes up.
 
     `edit` is the pruned model: of the graph of `dense`, which gives the targets; the ridge pulls
     towards the weights that it has now. Layers whose weights other nodes read as well are masked
@@ -127,7 +132,8 @@ def fit(
             target = targets[layer.root]
             seen = _observed(layer, target, pruned, whole)
             mask = masks.get(layer.root, np.ones(layer.shape, np.bool_))
-            task = _Task(layer, target, mask, _bias(original, target), seen)
+            hold = (narrow or {}).get(layer.root)
+            task = _Task(layer, target, mask, _bias(original, target), seen, hold)
             fits = task.fitted(settings)
             found.layers.append(task.account(fits, settings))
             _store(edit, layer, fits, _constant(original, target))
@@ -149,8 +155,22 @@ def grams(
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Array]:
     """Gram matrices [K, K] of what linear layers of one group read, by root."""
+    found = each_moments(model, roots, feeds, settings, progress)
+    return {root: matrix[:-1, :-1] for root, matrix in found}
+
+
+def each_moments(
+    model: Model,
+    roots: Collection[str],
+    feeds: Callable[[], Iterable[Feed]],
+    settings: Settings,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[str, Array]]:
+    """Gram matrices [K + 1, K + 1], a column of ones behind what layers read, one at a time.
+
+    Of layers of one group, with their roots, in order of computation.
+    """
     layers = [each for each in linear_layers(Editor(model)) if each.root in roots]
-    found = {}
     with Relay(model, feeds(), [each.source for each in layers], **settings.relay) as relay:
         for number, layer in enumerate(layers):
             if progress is not None:
@@ -158,8 +178,7 @@ def grams(
             values = relay.values(layer.source)
             seen = _regressed(layer, ((x, None) for x in values), relay.feeds)
             if seen:
-                found[layer.root] = seen[0].matrix[:-1, :-1]
-    return found
+                yield layer.root, seen[0].matrix
 
 
 def _observed(layer: Layer, target: Layer, pruned: Relay, whole: Relay) -> list[Regression]:
@@ -219,7 +238,8 @@ def _shape_of_one(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
 class _Task:
     """One layer to be fitted: `bias` [M] is what the dense one adds by itself.
 
-    `seen` holds one regression for each group of a convolution; none where nothing was read.
+    `seen` holds one regression for each group of a convolution; none where nothing was read. What
+    `narrow` says is of the whole layer: of one group.
     """
 
     layer: Layer
@@ -227,6 +247,7 @@ class _Task:
     mask: Array
     bias: Array
     seen: Sequence[Regression]
+    narrow: Narrow | None = None
 
     def fitted(self, settings: Settings) -> list[Fit]:
         """New weights and biases of each group."""
@@ -250,7 +271,21 @@ class _Task:
                         matrix, cross, mask, first, ridge=ridge, has_bias=has_bias
                     )
                 )
+        if self.narrow is not None:
+            return [self._narrowed(fits[0], self.narrow, has_bias)]
         return fits
+
+    def _narrowed(self, fit: Fit, narrow: Narrow, has_bias: bool) -> Fit:
+        """Weights of less freedom near those of a fit; the bias makes up for the mean that goes."""
+        if not self.seen or not self.seen[0].count:
+            return Fit(narrow(fit.weights, None), fit.bias)
+        matrix, count = self.seen[0].matrix, self.seen[0].count
+        gram = matrix[:-1, :-1]
+        if fit.bias is None or not has_bias:
+            return Fit(narrow(fit.weights, gram), fit.bias)
+        mean = matrix[-1, :-1] / count
+        weights = narrow(fit.weights, gram - count * np.outer(mean, mean))
+        return Fit(weights, fit.bias + (fit.weights - weights) @ mean)
 
     def account(self, fits: Sequence[Fit], settings: Settings) -> LayerFit:
         """The errors before and after."""

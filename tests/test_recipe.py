@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.ir import Model
+from graphopt.passes.fitting import Settings, fit
 from graphopt.passes.prune.channels import column_masks, take_out
-from graphopt.passes.prune.fitting import Settings, fit
 from graphopt.passes.prune.groups import groups_of
-from graphopt.passes.prune.recipe import PruneRecipe, Stage
 from graphopt.passes.prune.weights import Sparsity, prune_weights
+from graphopt.passes.recipe import Stage, StagedRecipe
 from tests import graphs
 from tests.prune_runs import correlated, weighted, weights
 from tests.test_prune_channels import CUT, NET, SHAPE
@@ -47,7 +47,7 @@ def stages(lossless: Path) -> tuple[tuple[Stage, ...], bytes]:
 
 def test_a_recipe_makes_the_model_again(lossless: Path) -> None:
     found, made = stages(lossless)
-    recipe = PruneRecipe(found)
+    recipe = StagedRecipe(found)
     assert exporter.to_proto(recipe.dense(lossless)).SerializeToString() == made
     first, second = found
     assert (first.cut, second.cut) == (CUT, {})
@@ -57,8 +57,8 @@ def test_a_recipe_makes_the_model_again(lossless: Path) -> None:
 
 
 def test_arrays_are_all_that_it_is(lossless: Path) -> None:
-    recipe = PruneRecipe(stages(lossless)[0])
-    again = PruneRecipe.of(recipe.arrays)
+    recipe = StagedRecipe(stages(lossless)[0])
+    again = StagedRecipe.of(recipe.arrays)
     assert all(array.dtype in (np.float32, np.int64) for array in recipe.arrays.values())
     assert [stage.cut for stage in again.stages] == [CUT, {}]
     for name, array in recipe.arrays.items():
@@ -68,11 +68,11 @@ def test_arrays_are_all_that_it_is(lossless: Path) -> None:
 
 
 def test_names_with_slashes(lossless: Path) -> None:
-    recipe = PruneRecipe((Stage({"a/b/c": np.ones(2, np.float32)}, {}, {"g/0": (1, 2)}),))
-    again = PruneRecipe.of(recipe.arrays)
+    recipe = StagedRecipe((Stage({"a/b/c": np.ones(2, np.float32)}, {}, {"g/0": (1, 2)}),))
+    again = StagedRecipe.of(recipe.arrays)
     assert list(again.stages[0].weights) == ["a/b/c"]
     assert again.stages[0].cut == {"g/0": (1, 2)}
-    assert PruneRecipe.of({}) == PruneRecipe()
+    assert StagedRecipe.of({}) == StagedRecipe()
 
 
 def test_zeros_are_stored_as_such_where_that_is_smaller(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_zeros_are_stored_as_such_where_that_is_smaller(tmp_path: Path) -> None:
     lossless = graphs.save(weighted(text), tmp_path / "lossless.onnx")
     array = weights(Model.load(lossless))["w"].copy()
     array[np.abs(array) < 0.2] = 0
-    recipe = PruneRecipe((Stage({"w": array}),))
+    recipe = StagedRecipe((Stage({"w": array}),))
     files = recipe.write(lossless, tmp_path / "pruned.onnx")
     assert files == [tmp_path / "pruned.onnx"]
     assert files[0].stat().st_size < 0.6 * lossless.stat().st_size
@@ -118,7 +118,7 @@ def test_what_fits_another_model(
     stage: Stage, kind: type[Exception], said: str, lossless: Path
 ) -> None:
     with pytest.raises(kind, match=said):
-        PruneRecipe((stage,)).dense(lossless)
+        StagedRecipe((stage,)).dense(lossless)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_what_fits_another_model(
 )
 def test_arrays_of_something_else(name: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - whichever says it first
-        PruneRecipe.of({name: ONES})
+        StagedRecipe.of({name: ONES})

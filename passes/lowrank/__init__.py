@@ -1,0 +1,1 @@
+"""Layers split into products of smaller ones."""

@@ -1,0 +1,133 @@
+"""A layer of the graph replaced by the parts of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from graphopt.edit import Editor
+from graphopt.ir import Value
+from graphopt.passes.linear import Layer
+from graphopt.passes.lowrank.forms import Split
+
+Array = NDArray[Any]
+RULE: Final = "split-layer"
+BETWEEN: Final = "/low-rank"  # behind the name of what a layer gives: what its parts hand on
+
+
+class _Part(NamedTuple):
+    """One node: its weights as the operator stores them, and what it states."""
+
+    weights: Array
+    stated: Mapping[str, Any]
+
+
+def split_layer(edit: Editor, layer: Layer, split: Split) -> bool:
+    """Let several smaller nodes compute what a layer gives; its bias stays with the last of them.
+
+    What the layer gives keeps its name: it is the same up to what the split loses. False, and
+    nothing done, where the change is denied. Raises ValueError for factors of another layer.
+    """
+    if split.effective.shape != layer.shape:
+        raise ValueError(f"{layer.root}: factors of {split.effective.shape}, not {layer.shape}")
+    if not edit.allows(RULE, layer.root):
+        return False
+    node, graph = layer.node, layer.node.graph
+    parts = _parts(layer, split)
+    edit.detach_node(node)
+    source: Value = layer.source
+    for number, part in enumerate(parts):
+        is_last = number + 1 == len(parts)
+        name = layer.root if is_last else edit.unique(f"{layer.root}{BETWEEN}")
+        stored = edit.unique(f"{layer.root}/factor")
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(part.weights), stored)
+        inputs = [source, edit.add_constant(graph, stored, tensor, -1.0)]
+        if is_last:
+            inputs += [value for value in node.inputs[2:] if value is not None]
+        known = {value.name: value for value in inputs}
+        proto = onnx.helper.make_node(
+            node.op, [v.name for v in inputs], [name], name=name, **part.stated
+        )
+        results = {layer.root: layer.result} if is_last else {}
+        made = edit.add_node(graph, proto, known, results, node.position, RULE)
+        (output,) = made.outputs
+        assert output is not None
+        source = output
+    edit.record(RULE, layer.root, f"{node.op} {layer.shape}", f"{split.method} {split.ranks}")
+    _tidy(edit, layer)
+    return True
+
+
+def _tidy(edit: Editor, layer: Layer) -> None:
+    """Weights that nobody reads any more go, with a Transpose of theirs."""
+    before = layer.node.inputs[1]
+    assert before is not None
+    if before is not layer.weights and before.producer and not before.consumers:
+        if before.is_output:
+            return
+        edit.remove_node(before.producer)
+    if not layer.weights.consumers and not layer.weights.is_output and not layer.weights.is_input:
+        edit.remove_value(layer.weights)
+
+
+def _parts(layer: Layer, split: Split) -> Sequence[_Part]:
+    if layer.patches is None:
+        return _products(layer, split)
+    return _convolutions(layer, split)
+
+
+def _products(layer: Layer, split: Split) -> list[_Part]:
+    """Two of the operator that the layer is."""
+    if layer.node.op == "MatMul":
+        return [_Part(factor.T, {}) for factor in split.factors]
+    return [_Part(factor, {"transB": 1}) for factor in split.factors]
+
+
+def _convolutions(layer: Layer, split: Split) -> list[_Part]:
+    whole = _stated(layer)
+    axes = len(whole["kernel_shape"])
+    tap = {"kernel_shape": [1] * axes}
+
+    def point(factor: Array) -> _Part:
+        return _Part(factor.reshape(*factor.shape, *[1] * axes), tap)
+
+    if split.method in ("svd", "channel"):
+        first, last = split.factors
+        return [_Part(first, whole), point(last)]
+    if split.method == "spatial":
+        column, row = split.factors
+        return [
+            _Part(column[:, :, :, None], _along(whole, 0)),
+            _Part(row[:, :, None, :], _along(whole, 1)),
+        ]
+    first, middle, last = split.factors
+    if split.method == "tucker":
+        return [point(first), _Part(middle, whole), point(last)]
+    return [point(first), _Part(middle[:, None], whole | {"group": len(middle)}), point(last)]
+
+
+def _stated(layer: Layer) -> dict[str, Any]:
+    """What a convolution states, in full."""
+    assert layer.patches is not None
+    patches = layer.patches
+    axes = len(patches.kernel)
+    return {
+        "kernel_shape": list(patches.kernel),
+        "strides": list(patches.strides or [1] * axes),
+        "pads": list(patches.pads or [0] * (2 * axes)),
+        "dilations": list(patches.dilations or [1] * axes),
+    }
+
+
+def _along(whole: Mapping[str, Any], axis: int) -> dict[str, Any]:
+    """The part of a convolution along one of its two axes: nothing happens along the other."""
+    other = 1 - axis
+    found = {name: list(numbers) for name, numbers in whole.items()}
+    for name in ("kernel_shape", "strides", "dilations"):
+        found[name][other] = 1
+    found["pads"][other] = found["pads"][2 + other] = 0
+    return found
