@@ -1,4 +1,4 @@
-"""What pruning does to a model, as data: it makes the same file again, here or elsewhere."""
+"""What pruning and splitting do to a model, as data: it makes the same file again anywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from graphopt.ir import Model
 from graphopt.manager import run_pipeline
 from graphopt.passes.fitting import add_bias
 from graphopt.passes.linear import linear_layers
+from graphopt.passes.lowrank.forms import FORMS, METHODS, Split
+from graphopt.passes.lowrank.split import by_weights, split_layers
 from graphopt.passes.prune.channels import Cut, take_out
 from graphopt.passes.prune.groups import groups_of
 from graphopt.passes.prune.sparse import Sparsify
@@ -26,32 +28,45 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """New numbers for initializers, by name, new biases of layers, by root, and units that go.
+    """New numbers for initializers, by name, new biases of layers, by root, splits and cuts.
 
-    All names are those of the model that the stage is applied to.
+    `splits` are of layers by root, where several read one weight that of the first, `cut` of units
+    by group. All names are those of the model that the stage is applied to.
     """
 
     weights: Mapping[str, Array] = field(default_factory=dict)
     biases: Mapping[str, Array] = field(default_factory=dict)
     cut: Cut = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
 
     @classmethod
-    def between(cls, before: Model, after: Editor, cut: Cut) -> Stage:
-        """What leads from one model to another one of its graph, with other weights and biases."""
-        known = before.graph.values
+    def between(
+        cls,
+        before: Model,
+        after: Editor,
+        cut: Cut | None = None,
+        splits: Mapping[str, Split] | None = None,
+    ) -> Stage:
+        """What leads from one model to another one of its graph, with other weights and biases.
+
+        Layers that are about to be split need no weights: their factors are all that is kept.
+        """
+        known, splits = before.graph.values, splits or {}
         weights, biases = {}, {}
+        layers = linear_layers(after)
+        gone = {layer.weights for layer in layers if layer.root in splits}
         for value in after.model.graph.initializers:
             weight = value.weight
             assert weight is not None
-            if value.name in known:
+            if value.name in known and value not in gone:
                 old = known[value.name].weight
                 if old is not None and old.proto is not weight.proto and _differ(old, weight):
                     weights[value.name] = np.array(weight.values)
-        for layer in linear_layers(after):
+        for layer in layers:
             bias = None if layer.bias is None else layer.bias.value
             if bias is not None and bias.name not in known and bias.weight is not None:
                 biases[layer.root] = np.array(bias.weight.values)
-        return cls(weights, biases, cut)
+        return cls(weights, biases, cut or {}, splits)
 
     def apply(self, edit: Editor) -> None:
         """Change the model. Raises LookupError or ValueError where it is another one."""
@@ -67,11 +82,54 @@ class Stage:
             if root not in layers:
                 raise LookupError(f"there is no layer {root!r}")
             add_bias(edit, layers[root], bias)
+        self._split(edit)
         if self.cut:
             groups = {group.root: group for group in groups_of(edit)}
             if missing := set(self.cut) - set(groups):
                 raise LookupError(f"there is no group {min(missing)!r}")
             take_out(edit, groups.values(), self.cut)
+
+    def _split(self, edit: Editor) -> None:
+        found = by_weights(linear_layers(edit)) if self.splits else []
+        groups = {layers[0].root: layers for layers in found}
+        for root, split in self.splits.items():
+            if root not in groups:
+                raise LookupError(f"there is no layer {root!r}")
+            split_layers(edit, groups[root], split)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """All numbers that it holds, by names that say what they are."""
+        found = {f"weights/{name}": array for name, array in self.weights.items()}
+        found |= {f"biases/{name}": array for name, array in self.biases.items()}
+        found |= {f"cut/{name}": np.asarray(units, np.int64) for name, units in self.cut.items()}
+        for root, split in self.splits.items():
+            for number, factor in enumerate(split.factors):
+                found[f"{split.method}.{number}/{root}"] = factor
+        return found
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> Stage:
+        """The stage of such arrays. Raises ValueError for any others."""
+        found: dict[str, dict[str, Any]] = {"weights": {}, "biases": {}, "cut": {}}
+        factors: dict[tuple[str, str], dict[int, Array]] = {}
+        for key, array in arrays.items():
+            kind, name = key.split("/", 1)
+            method, _, number = kind.partition(".")
+            if method in FORMS and number.isdecimal():
+                factors.setdefault((name, method), {})[int(number)] = array
+            elif kind in found:
+                units = tuple(int(unit) for unit in array) if kind == "cut" else array
+                found[kind][name] = units
+            else:
+                raise ValueError(f"{key!r} is no part of a recipe")
+        splits = {}
+        for (name, method), parts in factors.items():
+            form = next(each for each in METHODS if each == method)
+            if sorted(parts) != list(range(FORMS[form].parts)):
+                raise ValueError(f"{name!r} has the factors {sorted(parts)} of {method}")
+            splits[name] = Split(form, tuple(parts[number] for number in sorted(parts)))
+        return cls(splits=splits, **found)
 
 
 def _differ(old: Any, new: Any) -> bool:
@@ -106,24 +164,18 @@ class StagedRecipe:
     @property
     def arrays(self) -> dict[str, Array]:
         """All numbers that it holds, by names that say what they are."""
-        found: dict[str, Array] = {}
-        for number, stage in enumerate(self.stages):
-            found |= {f"{number}/weights/{name}": array for name, array in stage.weights.items()}
-            found |= {f"{number}/biases/{name}": array for name, array in stage.biases.items()}
-            for name, units in stage.cut.items():
-                found[f"{number}/cut/{name}"] = np.asarray(units, np.int64)
-        return found
+        stages = enumerate(stage.arrays for stage in self.stages)
+        return {
+            f"{number}/{name}": array for number, arrays in stages for name, array in arrays.items()
+        }
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> StagedRecipe:
         """The recipe of such arrays. Raises ValueError for any others."""
-        stages: dict[int, dict[str, dict[str, Any]]] = {}
+        stages: dict[int, dict[str, Array]] = {}
         for key, array in arrays.items():
-            number, kind, name = key.split("/", 2)
-            if kind not in ("weights", "biases", "cut"):
-                raise ValueError(f"{key!r} is no part of a recipe")
-            content = tuple(int(unit) for unit in array) if kind == "cut" else array
-            stages.setdefault(int(number), {}).setdefault(kind, {})[name] = content
+            number, _, name = key.partition("/")
+            stages.setdefault(int(number), {})[name] = array
         if sorted(stages) != list(range(len(stages))):
             raise ValueError(f"there are stages {sorted(stages)}")
-        return cls(tuple(Stage(**stages[number]) for number in sorted(stages)))
+        return cls(tuple(Stage.of(stages[number]) for number in sorted(stages)))

@@ -29,7 +29,7 @@ from graphopt.passes.linear import Layer
 Array = NDArray[Any]
 Method = Literal["svd", "channel", "spatial", "tucker", "cp"]
 RIDGE: Final = 1e-3  # of the mean square of what a layer reads, so that no direction is free
-_STEPS: Final = ((64, 16), (32, 8), (16, 4), (8, 2))  # ranks go by: for so many channels and more
+_STEPS: Final = ((64, 16), (32, 8), (16, 2))  # ranks go by: for so many channels and more
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Form(ABC):
     """One way to split a layer."""
 
     method: ClassVar[Method]
+    parts: ClassVar[int] = 2
 
     @abstractmethod
     def fits(self, layer: Layer) -> bool:
@@ -90,8 +91,12 @@ class Form(ABC):
         """Multiply-accumulates at a rank."""
 
     @abstractmethod
+    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
+        """Of the factors at a rank."""
+
     def size(self, layer: Layer, rank: int) -> int:
         """Weights at a rank."""
+        return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
     @abstractmethod
     def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
@@ -130,8 +135,8 @@ class _Pair(Form):
     def macs(self, layer: Layer, extent: Extent, rank: int) -> int:
         return extent.rows * self.size(layer, rank)
 
-    def size(self, layer: Layer, rank: int) -> int:
-        return rank * sum(layer.shape)
+    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
+        return [(rank, _channels(layer), *_kernel(layer)), (layer.shape[0], rank)]
 
     def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
         flat = weights.reshape(len(weights), -1)
@@ -171,7 +176,7 @@ class Spatial(Form):
     method = "spatial"
 
     def fits(self, layer: Layer) -> bool:
-        kernel = () if layer.patches is None else layer.patches.kernel
+        kernel = _kernel(layer)
         return layer.groups == 1 and len(kernel) == 2 and min(kernel) > 1
 
     def most(self, layer: Layer) -> int:
@@ -184,9 +189,9 @@ class Spatial(Form):
         first = between * rank * _channels(layer) * height
         return extent.batch * (first + math.prod(extent.given) * layer.shape[0] * rank * width)
 
-    def size(self, layer: Layer, rank: int) -> int:
+    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
         height, width = _kernel(layer)
-        return rank * (_channels(layer) * height + layer.shape[0] * width)
+        return [(rank, _channels(layer), height), (layer.shape[0], rank, width)]
 
     def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
         return tuple(multilinear.spatial(weights, gram, rank))
@@ -203,6 +208,7 @@ class Tucker(Form):
     """
 
     method = "tucker"
+    parts = 3
 
     def fits(self, layer: Layer) -> bool:
         return layer.groups == 1 and layer.taps > 1 and _channels(layer) > 1
@@ -216,9 +222,9 @@ class Tucker(Form):
         rest = math.prod(extent.given) * (p * q * layer.taps + p * layer.shape[0])
         return extent.batch * (first + rest)
 
-    def size(self, layer: Layer, rank: int) -> int:
+    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
         p, q = self._pair(layer.shape[0], _channels(layer), rank)
-        return q * _channels(layer) + p * q * layer.taps + p * layer.shape[0]
+        return [(q, _channels(layer)), (p, q, *_kernel(layer)), (layer.shape[0], p)]
 
     def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
         pair = self._pair(weights.shape[0], weights.shape[1], rank)
@@ -240,6 +246,7 @@ class Cp(Form):
     """One tap, a kernel for each channel by itself, one tap."""
 
     method = "cp"
+    parts = 3
 
     def fits(self, layer: Layer) -> bool:
         return layer.groups == 1 and layer.taps > 1 and _channels(layer) > 1
@@ -253,8 +260,8 @@ class Cp(Form):
         rest = math.prod(extent.given) * rank * (layer.taps + layer.shape[0])
         return extent.batch * (first + rest)
 
-    def size(self, layer: Layer, rank: int) -> int:
-        return rank * (_channels(layer) + layer.taps + layer.shape[0])
+    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
+        return [(rank, _channels(layer)), (rank, *_kernel(layer)), (layer.shape[0], rank)]
 
     def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
         return tuple(multilinear.cp(weights, gram, rank).factors)
@@ -272,8 +279,7 @@ METHODS: Final[tuple[Method, ...]] = tuple(FORMS)
 
 def split_of(layer: Layer, method: Method, rank: int, matrix: Array, gram: Array | None) -> Split:
     """The layer with weights [M, K] in a form, at a rank."""
-    kernel = () if layer.patches is None else layer.patches.kernel
-    weights = np.asarray(matrix, np.float64).reshape(layer.shape[0], -1, *kernel)
+    weights = np.asarray(matrix, np.float64).reshape(layer.shape[0], -1, *_kernel(layer))
     factors = FORMS[method].factors(weights, gram, rank)
     return Split(method, tuple(np.ascontiguousarray(f, np.float32) for f in factors))
 
@@ -285,8 +291,8 @@ def _flat(form: str, *factors: Array) -> Array:
 
 
 def _kernel(layer: Layer) -> tuple[int, ...]:
-    assert layer.patches is not None
-    return layer.patches.kernel
+    """Of a convolution; none of a product."""
+    return () if layer.patches is None else layer.patches.kernel
 
 
 def _channels(layer: Layer) -> int:

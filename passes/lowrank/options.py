@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.edit import Editor
-from graphopt.ir import Value
 from graphopt.passes.linear import Layer, linear_layers
 from graphopt.passes.lowrank.forms import FORMS, METHODS, Extent, Method
+from graphopt.passes.lowrank.split import by_weights
 from graphopt.passes.work import size_of
 
 Array = NDArray[Any]
 RATIOS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 AUTOMATIC: Final[tuple[Method, ...]] = ("svd", "channel", "spatial", "tucker")
 _SMALLEST: Final = 256  # weights: fewer are not worth a node
+_LIKED: Final = 64  # channels: onnxruntime's convolutions do four blocks of 16 at a time
 _WIDEST: Final = 0.95  # of the layer's own work: more is not worth a node either
 
 
@@ -74,7 +75,10 @@ class Splittable:
         return Option(None, 0, self.macs, self.first.weight.size, 0.0, float(self.macs))
 
     def ranks(self, method: Method) -> dict[int, int]:
-        """Ranks worth a try in a form, with the MACs that they leave; about one for each ratio."""
+        """Ranks worth a try in a form, with the MACs that they leave; about one for each ratio.
+
+        And all that runtimes like best: they work on that many channels at a time.
+        """
         form, found = FORMS[method], dict[int, int]()
         for rank in form.ranks(self.first):
             macs = sum(form.macs(self.first, extent, rank) for extent in self.extents)
@@ -85,7 +89,8 @@ class Splittable:
             for ratio in RATIOS
             if found
         }
-        return {rank: found[rank] for rank in sorted(nearest)}
+        liked = {rank for rank in found if rank % _LIKED == 0}
+        return {rank: found[rank] for rank in sorted(nearest | liked)}
 
     def options(
         self, methods: Collection[Method], gram: Array | None, weights: Array | None = None
@@ -115,18 +120,15 @@ def splittable(edit: Editor, shapes: Mapping[str, tuple[int, ...]]) -> list[Spli
     `shapes` are those of values by name as a run showed them; a layer of which neither they nor
     inference know anything is taken to be applied once.
     """
-    found: dict[Value, list[tuple[Layer, Extent]]] = {}
-    for layer in linear_layers(edit):
-        can_take = any(FORMS[method].fits(layer) for method in METHODS)
-        if can_take and layer.weight.size >= _SMALLEST and min(layer.shape) > 1:
-            extent = _extent(edit, layer, shapes)
-            found.setdefault(layer.weights, []).append((layer, extent))
-    groups = []
-    for members in found.values():
-        layers, extents = zip(*members, strict=True)
-        if len({(layer.node.op, layer.is_turned, layer.patches) for layer in layers}) == 1:
-            groups.append(Splittable(layers, extents))
-    return groups
+    return [
+        Splittable(layers, tuple(_extent(edit, layer, shapes) for layer in layers))
+        for layers in by_weights(layer for layer in linear_layers(edit) if _is_worth_it(layer))
+    ]
+
+
+def _is_worth_it(layer: Layer) -> bool:
+    can_take = any(FORMS[method].fits(layer) for method in METHODS)
+    return can_take and layer.weight.size >= _SMALLEST and min(layer.shape) > 1
 
 
 def pooled(group: Splittable, known: Mapping[str, Array]) -> Array | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -26,26 +26,58 @@ class _Part(NamedTuple):
     stated: Mapping[str, Any]
 
 
-def split_layer(edit: Editor, layer: Layer, split: Split) -> bool:
-    """Let several smaller nodes compute what a layer gives; its bias stays with the last of them.
+def split_layers(edit: Editor, layers: Sequence[Layer], split: Split) -> bool:
+    """Let several smaller nodes compute what layers of one weight give, each with its own bias.
 
-    What the layer gives keeps its name: it is the same up to what the split loses. False, and
-    nothing done, where the change is denied. Raises ValueError for factors of another layer.
+    What a layer gives keeps its name: it is the same up to what the split loses. False, and nothing
+    done, where the change is denied. Raises ValueError for factors of another layer.
     """
-    if split.effective.shape != layer.shape:
-        raise ValueError(f"{layer.root}: factors of {split.effective.shape}, not {layer.shape}")
-    if not edit.allows(RULE, layer.root):
+    first = layers[0]
+    if split.effective.shape != first.shape:
+        raise ValueError(f"{first.root}: factors of {split.effective.shape}, not {first.shape}")
+    if not edit.allows(RULE, first.root):
         return False
-    node, graph = layer.node, layer.node.graph
-    parts = _parts(layer, split)
+    parts = _parts(first, split)
+    factors = []
+    for part in parts:
+        name = edit.unique(f"{first.root}/factor")
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(part.weights), name)
+        factors.append(edit.add_constant(first.node.graph, name, tensor, -1.0))
+    for layer in layers:
+        _replace(edit, layer, parts, factors)
+        said = f"{layer.node.op} {layer.shape}"
+        edit.record(RULE, layer.root, said, f"{split.method} {split.ranks}")
+        _tidy(edit, layer)
+    return True
+
+
+def by_weights(layers: Iterable[Layer]) -> list[tuple[Layer, ...]]:
+    """Layers that read one weight in one way, which can be split alike, in order of the first."""
+    found: dict[Value, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.weights, []).append(layer)
+    return [tuple(each) for each in found.values() if len({_way(layer) for layer in each}) == 1]
+
+
+def _way(layer: Layer) -> Any:
+    return layer.node.op, layer.is_turned, layer.patches
+
+
+def parts_of(root: str) -> list[str]:
+    """What the parts of a split layer give, as they are called where no name was taken before."""
+    between = f"{root}{BETWEEN}"
+    return [root, between, f"{between}_2"]
+
+
+def _replace(edit: Editor, layer: Layer, parts: Sequence[_Part], factors: Sequence[Value]) -> None:
+    """Nodes with these factors in the place of a layer's own."""
+    node = layer.node
     edit.detach_node(node)
     source: Value = layer.source
-    for number, part in enumerate(parts):
+    for number, (part, factor) in enumerate(zip(parts, factors, strict=True)):
         is_last = number + 1 == len(parts)
         name = layer.root if is_last else edit.unique(f"{layer.root}{BETWEEN}")
-        stored = edit.unique(f"{layer.root}/factor")
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(part.weights), stored)
-        inputs = [source, edit.add_constant(graph, stored, tensor, -1.0)]
+        inputs = [source, factor]
         if is_last:
             inputs += [value for value in node.inputs[2:] if value is not None]
         known = {value.name: value for value in inputs}
@@ -53,25 +85,22 @@ def split_layer(edit: Editor, layer: Layer, split: Split) -> bool:
             node.op, [v.name for v in inputs], [name], name=name, **part.stated
         )
         results = {layer.root: layer.result} if is_last else {}
-        made = edit.add_node(graph, proto, known, results, node.position, RULE)
+        made = edit.add_node(node.graph, proto, known, results, node.position, RULE)
         (output,) = made.outputs
         assert output is not None
         source = output
-    edit.record(RULE, layer.root, f"{node.op} {layer.shape}", f"{split.method} {split.ranks}")
-    _tidy(edit, layer)
-    return True
 
 
 def _tidy(edit: Editor, layer: Layer) -> None:
     """Weights that nobody reads any more go, with a Transpose of theirs."""
-    before = layer.node.inputs[1]
+    before, weights = layer.node.inputs[1], layer.weights
     assert before is not None
-    if before is not layer.weights and before.producer and not before.consumers:
+    if before is not weights and before.producer is not None and not before.consumers:
         if before.is_output:
             return
         edit.remove_node(before.producer)
-    if not layer.weights.consumers and not layer.weights.is_output and not layer.weights.is_input:
-        edit.remove_value(layer.weights)
+    if not weights.consumers and not weights.is_output and not weights.is_input:
+        edit.remove_value(weights)
 
 
 def _parts(layer: Layer, split: Split) -> Sequence[_Part]:

@@ -1,0 +1,87 @@
+"""Factors of the layers that are to be split, each weighed by what it reads in the network so far.
+
+Layers are fitted in their order to what the dense network gives; of what a layer is fitted to the
+nearest weights of its rank are taken (reduced-rank regression: Izenman, 1975), so that each makes
+up for what was lost before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from graphopt.edit import Editor
+from graphopt.ir import Model
+from graphopt.kernels.lowrank import weighted_error
+from graphopt.passes.fitting import Fitted, Settings, fit
+from graphopt.passes.linear import Layer
+from graphopt.passes.lowrank.forms import Method, Split, split_of
+from graphopt.passes.lowrank.options import Option, Splittable, pooled
+from graphopt.runtime import Feed
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Factored:
+    """Splits by root, the share that each loses of what its layer gives, and how layers fit."""
+
+    splits: dict[str, Split] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    fitted: Fitted = field(default_factory=Fitted)
+
+
+def factor(
+    dense: Model,
+    edit: Editor,
+    groups: Sequence[Splittable],
+    chosen: Mapping[str, Option],
+    feeds: Callable[[], Iterable[Feed]] | None,
+    settings: Settings,
+    *,
+    known: Mapping[str, Array] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Factored:
+    """Factors for the layers of `groups` as `chosen` by root; what is chosen dense stays.
+
+    `edit` is of a model like `dense` and gets the weights that the factors amount to: its layers
+    are not split yet. Weights that several nodes read are weighed by `known` moments
+    [K + 1, K + 1] by root and not fitted; without feeds nothing is, and all directions count alike.
+    """
+    found = Factored()
+    narrow: dict[str, Callable[[Array, Array | None], Array]] = {}
+    for group in groups:
+        option = chosen.get(group.root)
+        if option is None or option.method is None:
+            continue
+        work = _narrowing(found, group.first, option.method, option.rank)
+        if feeds is not None and len(group.layers) == 1 and group.first.is_own:
+            narrow[group.root] = work
+        else:
+            weights = work(group.first.matrix(), pooled(group, known or {}))
+            stored = group.first.stored(weights.astype(np.float32))
+            value = edit.model.graph.values[group.first.weights.name]
+            edit.set_weight(value, onnx.numpy_helper.from_array(stored, value.name))
+    if feeds is not None:
+        found.fitted = fit(dense, edit, {}, feeds, settings, narrow=narrow, progress=progress)
+    return found
+
+
+def _narrowing(
+    found: Factored, layer: Layer, method: Method, rank: int
+) -> Callable[[Array, Array | None], Array]:
+    """Gives the nearest weights of a rank, and keeps their factors."""
+
+    def narrow(weights: Array, gram: Array | None) -> Array:
+        split = split_of(layer, method, rank, weights, gram)
+        near = split.effective
+        found.splits[layer.root] = split
+        found.errors[layer.root] = weighted_error(np.asarray(weights), near, gram)
+        return near
+
+    return narrow
