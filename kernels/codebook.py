@@ -67,10 +67,17 @@ def codebook(
         table = np.unique(np.append(rest, np.float32(0)))
     else:
         table = _divided(line.where(line.weights > 0), entries)
-    indices = _nearest(given, table)
+    indices = nearest(given, table)
     lost = np.subtract(given, table[indices], dtype=np.float64) ** 2
     error = float(lost.sum() if weights is None else (lost.reshape(-1) * weights).sum())
     return Codebook(table, indices, error)
+
+
+def nearest(given: Array, table: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The entry of an ascending table that is closest to each number; of two the smaller."""
+    wide = table.astype(np.float64)
+    found = np.searchsorted((wide[:-1] + wide[1:]) / 2, given.reshape(-1))
+    return found.astype(np.uint8).reshape(given.shape)
 
 
 def _weights(importance: Array | None, shape: tuple[int, ...]) -> Floats | None:
@@ -121,13 +128,6 @@ class _Line:
 
 def _prefix(terms: Floats) -> Floats:
     return np.concatenate([[0.0], np.cumsum(terms)])
-
-
-def _nearest(given: Array, table: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The entry that is closest to each number; of two the smaller."""
-    wide = table.astype(np.float64)
-    found = np.searchsorted((wide[:-1] + wide[1:]) / 2, given.reshape(-1))
-    return found.astype(np.uint8).reshape(given.shape)
 
 
 def _divided(line: _Line, entries: int) -> NDArray[np.float32]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
 
+from graphopt import exporter
+from graphopt.edit import Editor
+from graphopt.errors import UsageError
+from graphopt.ir import Model
 from graphopt.kernels.codebook import EXACT, codebook
+from graphopt.manager import run_pipeline
+from graphopt.passes.pipelines import pipeline
+from graphopt.passes.prune.sparse import Sparsify
+from graphopt.passes.quantize.codebook import CodebookRecipe, CodebookWeights, table_of
+from tests import graphs
+from tests.optimized import applied, operators, run, sqnr, stored
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -136,3 +149,238 @@ def test_what_cannot_be_divided() -> None:
         codebook(np.array([1.0, np.nan]), 16)
     with pytest.raises(ValueError, match="importance is 0 or more"):
         codebook(np.ones(2), 16, importance=np.array([1.0, -1.0]))
+
+
+# -- the rewrite -----------------------------------------------------------------------------------
+
+
+def weights(*shape: int, seed: int = 0) -> Array:
+    return (np.random.default_rng(seed).standard_normal(shape) / 8).astype(np.float32)
+
+
+def reading(op: str, opset: int = 21) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A model of one layer with weights w, and r of a recurrent one, and a feed."""
+    held = {"w": weights(48, 32)}
+    x: Array = RNG.standard_normal((4, 48)).astype(np.float32)
+    more: dict[str, Any] = {}
+    if op == "Gather":
+        x = RNG.integers(0, 48, (3, 4))
+    elif op in ("Conv", "ConvTranspose"):
+        held, x = {"w": weights(16, 16, 3, 3)}, RNG.standard_normal((1, 16, 9, 9))
+    elif op in ("LSTM", "GRU", "RNN"):
+        gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
+        held = {"w": weights(1, gates * 40, 32), "r": weights(1, gates * 40, 40)}
+        x, more = RNG.standard_normal((6, 1, 32)), {"hidden_size": 40}
+    x = x if op == "Gather" else x.astype(np.float32)
+    element = TensorProto.INT64 if op == "Gather" else TensorProto.FLOAT
+    inputs = ["w", "x"] if op == "Gather" else ["x", *held]
+    ranks = {"Conv": 4, "ConvTranspose": 4, "Gather": 3, "LSTM": 4, "GRU": 4, "RNN": 4}
+    made = graphs.model(
+        [graphs.node(op, inputs, ["y"], **more)],
+        [graphs.value("x", x.shape, element)],
+        [graphs.value("y", [f"y{axis}" for axis in range(ranks.get(op, 2))])],
+        [numpy_helper.from_array(array, name) for name, array in held.items()],
+        opset=opset,
+    )
+    return made, {"x": x}
+
+
+def coded(before: onnx.ModelProto, bits: int, least: int = 1024) -> tuple[onnx.ModelProto, Editor]:
+    def change(edit: Editor) -> None:
+        CodebookWeights(bits, least).run(edit.model, edit)
+
+    return applied(before, change)
+
+
+def substituted(before: onnx.ModelProto, bits: int, **zeros: bool) -> onnx.ModelProto:
+    """The model with what tables keep of all its weights stored as floats."""
+    made = onnx.ModelProto()
+    made.CopyFrom(before)
+    for tensor in made.graph.initializer:
+        kept = codebook(numpy_helper.to_array(tensor), 1 << bits, **zeros).values
+        tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
+    return made
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "op", ["Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "LSTM", "GRU", "RNN"]
+)
+def test_layers_compute_what_they_do_with_the_tables_numbers(op: str, bits: int) -> None:
+    before, feed = reading(op)
+    made, edit = coded(before, bits)
+    assert {change.rule for change in edit.changes} == {"store-codebook"}
+    dense = substituted(before, bits)
+    assert np.array_equal(run(made, **feed), run(dense, **feed))
+    # Where nothing is folded, recurrent weights are not packed and sums taken in another order.
+    assert np.allclose(run(made, "off", **feed), run(dense, "off", **feed), rtol=0, atol=1e-6)
+    assert sqnr(run(before, **feed), run(made, **feed)) > {4: 12, 8: 35}[bits]
+    assert operators(made) == operators(before)  # the runtime looks all of it up as it loads
+    assert made.ByteSize() < before.ByteSize()
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.26), (4, 0.135)])
+def test_files_shrink(bits: int, share: float) -> None:
+    held = [numpy_helper.from_array(weights(512, 512, seed=i), f"w{i}") for i in range(2)]
+    nodes = [graphs.node("MatMul", ["x", "w0"], ["h"]), graphs.node("MatMul", ["h", "w1"], ["y"])]
+    ends = [graphs.value("x", (1, 512))], [graphs.value("y", (1, 512))]
+    before = graphs.model(nodes, *ends, held, opset=21)
+    made, _ = coded(before, bits)
+    assert share - 0.012 < made.ByteSize() / before.ByteSize() < share
+    kinds = {name: (a.dtype.name, a.shape) for name, a in stored(made).items()}
+    assert kinds["w1/indices"] == (f"uint{bits}", (512, 512))
+    assert kinds["w1/table"] == ("float32", (1 << bits,))
+    assert {"w0", "w1"} <= {name for node in made.graph.node for name in node.output}
+
+
+def test_the_lossless_passes_leave_large_ones_as_they_are() -> None:
+    held = [numpy_helper.from_array(weights(256, 256), "w")]
+    ends = [graphs.value("x", (1, 256))], [graphs.value("y", (1, 256))]
+    nodes = [graphs.node("MatMul", ["x", "w"], ["y"])]
+    for bits in (4, 8):
+        made, _ = coded(graphs.model(nodes, *ends, held, opset=21), bits)
+        model = Model.load(made)
+        run_pipeline(model, pipeline(2, None))
+        after = exporter.to_proto(model)
+        assert sorted(n.op_type for n in after.graph.node) == ["Cast", "Gather", "MatMul"]
+        assert after.ByteSize() <= made.ByteSize()
+
+
+def test_weights_that_several_read_get_one_table() -> None:
+    """A tied embedding: looked up, and multiplied with through a Transpose."""
+    held = [numpy_helper.from_array(weights(100, 32), "w")]
+    nodes = [
+        graphs.node("Gather", ["w", "x"], ["e"]),
+        graphs.node("Transpose", ["w"], ["t"], perm=[1, 0]),
+        graphs.node("MatMul", ["e", "t"], ["y"]),
+    ]
+    inputs = [graphs.value("x", (5,), TensorProto.INT64)]
+    before = graphs.model(nodes, inputs, [graphs.value("y", (5, 100))], held)
+    made, edit = coded(before, 8)
+    assert len(edit.changes) == 1
+    assert set(stored(made)) == {"w/table", "w/indices"}
+    feed = {"x": np.arange(5)}
+    assert np.array_equal(run(made, **feed), run(substituted(before, 8), **feed))
+
+
+def test_weights_inside_bodies_and_around_them() -> None:
+    branches = [
+        graphs.graph(
+            [graphs.node("MatMul", ["x", name], [f"y{n}"])],
+            [],
+            [graphs.value(f"y{n}", ("a", "b"))],
+            [numpy_helper.from_array(weights(48, 32, seed=n), "v")] if name == "v" else [],
+            name=f"branch{n}",
+        )
+        for n, name in enumerate(["w", "v"])
+    ]
+    inputs = [graphs.value("x", ("n", 48)), graphs.CONDITION]
+    held = [numpy_helper.from_array(weights(48, 32), "w")]
+    before = graphs.model(
+        [graphs.if_node(*branches)], inputs, [graphs.value("y", ("a", "b"))], held
+    )
+    made, _ = coded(before, 8)
+    assert set(stored(made)) == {f"{name}/{part}" for name in "wv" for part in ("table", "indices")}
+    x = RNG.standard_normal((2, 48)).astype(np.float32)
+    for number, name in enumerate("wv"):
+        table, indices = stored(made)[f"{name}/table"], stored(made)[f"{name}/indices"]
+        expected = x @ table[indices]
+        assert np.allclose(run(made, x=x, c=np.array(not number)), expected, atol=1e-5)
+    assert set(operators(made)) <= {"If", "MatMul"}
+
+
+def refused(before: onnx.ModelProto, bits: int = 8, least: int = 1024) -> dict[str, str]:
+    """Why weights stay, by name; nothing is done."""
+    made, edit = coded(before, bits, least)
+    assert made == before
+    return {name: reason for _, name, reason in edit.rejections}
+
+
+def test_what_stays() -> None:
+    plain, _ = reading("MatMul", opset=17)
+    opset = "4 bits take opset 21 and IR 10, not opset 17 and IR 10"
+    assert refused(plain, 4) == {"w": opset}
+    assert refused(plain, least=4000) == {"w": "it has fewer than 4000 elements"}
+    many = weights(48, 32)
+    many[RNG.random(many.shape) < 0.9] = 0
+    for array, reason in (
+        (weights(7, 32), "it would not be smaller"),
+        (weights(48, 32).astype(np.float16), "it is float16"),
+        (np.full((48, 32), np.inf, np.float32), "it is not finite"),
+        (many, "it is smaller as a sparse tensor"),
+    ):
+        other = onnx.ModelProto()
+        other.CopyFrom(plain)
+        other.graph.initializer[0].CopyFrom(numpy_helper.from_array(array, "w"))
+        other.graph.input[0].type.tensor_type.shape.dim[1].dim_value = len(array)
+        kind = other.graph.initializer[0].data_type
+        for info in (other.graph.input[0], other.graph.output[0]):
+            info.type.tensor_type.elem_type = kind
+        assert refused(other, least=64) == {"w": reason}
+    overridable = onnx.ModelProto()
+    overridable.CopyFrom(plain)
+    overridable.graph.input.append(graphs.value("w", (48, 32)))
+    assert refused(overridable) == {"w": "it is no initializer, or a caller may replace it"}
+    with pytest.raises(UsageError, match="bits are 4 or 8, not 3"):
+        coded(plain, 3)
+
+
+def test_sparse_tensors_stay_and_zeros_stay_zeros() -> None:
+    before, feed = reading("MatMul")
+    half = weights(48, 32)
+    half[RNG.random(half.shape) < 0.4] = 0
+    before.graph.initializer[0].CopyFrom(numpy_helper.from_array(half, "w"))
+    made, _ = coded(before, 4)
+    held = stored(made)
+    kept = held["w/table"][held["w/indices"].astype(int)]
+    assert (kept[half == 0] == 0).all()
+    assert np.array_equal(run(made, **feed), run(substituted(before, 4, keep_zero=True), **feed))
+    many = np.where(RNG.random(half.shape) < 0.9, 0, half).astype(np.float32)
+    before.graph.initializer[0].CopyFrom(numpy_helper.from_array(many, "w"))
+    model = Model.load(before)
+    run_pipeline(model, [Sparsify()])
+    edit = Editor(model)
+    CodebookWeights().run(model, edit)
+    assert not edit.changes
+    assert edit.rejections == [("store-codebook", "w", "it is sparse")]
+
+
+def test_biases_and_other_constants_are_no_weights() -> None:
+    held = [numpy_helper.from_array(weights(2048), name) for name in ("b", "s")]
+    held.append(numpy_helper.from_array(weights(64, 2048), "w"))
+    nodes = [
+        graphs.node("Gemm", ["x", "w", "b"], ["g"]),
+        graphs.node("Mul", ["g", "s"], ["y"]),
+    ]
+    ends = [graphs.value("x", (3, 64))], [graphs.value("y", (3, 2048))]
+    made, edit = coded(graphs.model(nodes, *ends, held), 8)
+    assert [change.root for change in edit.changes] == ["w"]
+    again = refused(made, least=16)  # nor are tables and indices themselves
+    assert again == {}
+
+
+def test_a_change_that_is_denied_is_not_made() -> None:
+    before, _ = reading("MatMul")
+    model = Model.load(before)
+    edit = Editor(model, denied=[("store-codebook", "w")])
+    CodebookWeights().run(model, edit)
+    assert not edit.changes
+    assert exporter.to_proto(model) == before
+
+
+def test_a_recipe_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
+    before, _ = reading("LSTM")
+    base = graphs.save(before, tmp_path / "base.onnx")
+    recipe = CodebookRecipe({"w": 4, "r": 8})
+    recipe.write(base, tmp_path / "one.onnx")
+    arrays = {t.name: numpy_helper.to_array(t) for t in before.graph.initializer}
+    recipe.write(base, tmp_path / "two.onnx", {("w", 4): table_of(arrays["w"], 4)})
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+    kinds = {name: a.dtype.name for name, a in stored(onnx.load(tmp_path / "one.onnx")).items()}
+    assert kinds["w/indices"] == "uint4"
+    assert kinds["r/indices"] == "uint8"
+    with pytest.raises(LookupError, match="no weight 'z' of a layer"):
+        CodebookRecipe({"z": 8}).apply(base)
+    small = graphs.save(reading("MatMul", opset=17)[0], tmp_path / "small.onnx")
+    with pytest.raises(ValueError, match="'w' cannot be a table of 16 numbers: 4 bits take opset"):
+        CodebookRecipe({"w": 4}).apply(small)
