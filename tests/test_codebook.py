@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,28 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+from rich.console import Console
 
 from graphopt import exporter
+from graphopt.account import Remarks, Sizes
+from graphopt.codebook import Codebook
+from graphopt.codebook_report import NO_SPEED, CodebookDecision, CodebookRecord
+from graphopt.codebook_search import BitsAsked
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
+from graphopt.judging import Budget
 from graphopt.kernels.codebook import EXACT, codebook
 from graphopt.manager import run_pipeline
 from graphopt.passes.pipelines import pipeline
 from graphopt.passes.prune.sparse import Sparsify
 from graphopt.passes.quantize.codebook import CodebookRecipe, CodebookWeights, table_of
+from graphopt.passes.quantize.weights import make_weight_only
+from graphopt.render.codebook import show_codebook
+from graphopt.runtime import Session
 from tests import graphs
 from tests.optimized import applied, operators, run, sqnr, stored
+from tests.prune_runs import DATA, DIGITS
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -298,8 +309,7 @@ def refused(before: onnx.ModelProto, bits: int = 8, least: int = 1024) -> dict[s
 
 def test_what_stays() -> None:
     plain, _ = reading("MatMul", opset=17)
-    opset = "4 bits take opset 21 and IR 10, not opset 17 and IR 10"
-    assert refused(plain, 4) == {"w": opset}
+    assert refused(plain, 4) == {"w": "4 bits take opset 21, not 17"}
     assert refused(plain, least=4000) == {"w": "it has fewer than 4000 elements"}
     many = weights(48, 32)
     many[RNG.random(many.shape) < 0.9] = 0
@@ -359,6 +369,15 @@ def test_biases_and_other_constants_are_no_weights() -> None:
     assert again == {}
 
 
+def test_weights_that_are_integers_already_stay() -> None:
+    def change(edit: Editor) -> None:
+        (node,) = [node for node in edit.model.graph.nodes if node.op == "MatMul"]
+        assert make_weight_only(edit, node, block=None)
+
+    made, _ = applied(reading("MatMul")[0], change)
+    assert refused(made, least=16) == {}
+
+
 def test_a_change_that_is_denied_is_not_made() -> None:
     before, _ = reading("MatMul")
     model = Model.load(before)
@@ -384,3 +403,165 @@ def test_a_recipe_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
     small = graphs.save(reading("MatMul", opset=17)[0], tmp_path / "small.onnx")
     with pytest.raises(ValueError, match="'w' cannot be a table of 16 numbers: 4 bits take opset"):
         CodebookRecipe({"w": 4}).apply(small)
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def lossless(name: str, opset: int | None) -> onnx.ModelProto:
+    model = Model.load(DIGITS / f"{name}.onnx")
+    run_pipeline(model, pipeline(2, None, opset=opset))
+    return exporter.to_proto(model)
+
+
+def digits(name: str, folder: Path, opset: int | None = 21) -> Path:
+    """A model that reads digits, after the lossless passes."""
+    return graphs.save(lossless(name, opset), folder / f"{name}.onnx")
+
+
+def searched(
+    base: Path,
+    folder: Path,
+    bits: BitsAsked = "auto",
+    remarks: Remarks | None = None,
+    *,
+    data: str | None = DATA,
+    force: bool = False,
+    **budget: Any,
+) -> tuple[CodebookRecord, Codebook]:
+    common = {"data": data, "budget": Budget(**budget), "threads": 1, "force": force}
+    step = Codebook(bits, common, remarks or Remarks())
+    work = folder / f"work{len(list(folder.iterdir()))}"
+    work.mkdir()
+    sizes = Sizes(base.stat().st_size, base.stat().st_size)
+    return step.search(DIGITS / base.name, base, work, sizes, lambda *_: None), step
+
+
+def accuracy(model: Path) -> float:
+    with np.load(DIGITS / "evaluation.npz") as data, Session(model) as session:
+        found = session.run({"image": data["image"]})["logits"].argmax(1)
+        return float((found == data["label"]).mean())
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_digits_in_four_bits(name: str, tmp_path: Path) -> None:
+    base = digits(name, tmp_path)
+    record, step = searched(base, tmp_path)
+    assert record.kept
+    assert [trial.name for trial in record.candidates] == ["4 bits"]
+    assert record.weights[0].bits == 4
+    assert 15 < (record.weights[0].sqnr_db or 0) < 25
+    coded = step.base(base, tmp_path)
+    assert record.bytes == coded.stat().st_size < 0.4 * base.stat().st_size
+    assert accuracy(coded) > accuracy(base) - 0.02
+    assert NO_SPEED in record.notes
+
+
+def test_where_four_bits_lose_too_much_some_weights_take_eight(tmp_path: Path) -> None:
+    base = digits("vit", tmp_path)
+    record, step = searched(base, tmp_path, min_sqnr=26.0)
+    assert record.kept
+    assert step.recipe is not None
+    assert set(step.recipe.bits.values()) == {4, 8}
+    names = [trial.name for trial in record.candidates]
+    assert names[:3] == ["4 bits", "8 bits", "4 bits, less 1"]
+    assert record.candidate.startswith("4 bits, less")
+    good = [trial.bytes for trial in record.candidates if trial.good]
+    assert record.bytes == min(good) < max(good)
+    assert not record.candidates[0].good
+
+
+def test_where_eight_bits_lose_too_much_some_weights_stay(tmp_path: Path) -> None:
+    base = digits("vit", tmp_path, None)
+    whole, _ = searched(base, tmp_path)
+    assert whole.candidate == "8 bits"
+    assert whole.notes[0] == "4 bits were not tried: 4 bits take opset 21, not 17"
+    record, step = searched(base, tmp_path, min_sqnr=50.0)
+    assert record.kept
+    assert record.candidate.startswith("8 bits, less")
+    stays = [weight for weight in record.weights if weight.reason == "it does too much harm"]
+    assert stays
+    assert all(weight.bytes_after == weight.bytes_before for weight in stays)
+    assert step.recipe is not None
+    assert not {weight.name for weight in stays} & set(step.recipe.bits)
+
+
+def test_what_comes_to_nothing(tmp_path: Path) -> None:
+    base = digits("mlp", tmp_path, None)
+    record, step = searched(base, tmp_path, 4)
+    assert not record.kept
+    assert record.reason == "4 bits take opset 21, not 17; --opset 21 gives it that"
+    assert step.decided() is None
+    assert step.base(base, tmp_path) == base
+    record, _ = searched(base, tmp_path, 8, min_sqnr=200.0)
+    assert not record.kept
+    assert record.reason.startswith("no candidate is good enough; the best of them, 8 bits")
+    remarks = Remarks()
+    record, step = searched(base, tmp_path, 8, remarks, force=True, min_sqnr=200.0)
+    assert (record.kept, record.forced) == (True, True)
+    assert remarks.warnings == [f"forced: {record.reason}"]
+    (tmp_path / "coded").mkdir()
+    coded = step.base(base, tmp_path).rename(tmp_path / "coded" / "mlp.onnx")
+    again, _ = searched(coded, tmp_path, 8)
+    assert not again.kept
+    assert again.reason.startswith("no weight of a layer can be a table")
+
+
+def test_without_data_four_bits_are_for_those_who_ask(tmp_path: Path) -> None:
+    base = digits("mlp", tmp_path)
+    record, _ = searched(base, tmp_path, data=None)
+    assert record.candidate == "8 bits"
+    assert "4 bits were not tried: one feed that is proposed" in record.notes[0]
+    assert searched(base, tmp_path, 4, data=None)[0].candidate == "4 bits"
+
+
+def test_decisions_replay_to_the_same_bytes(tmp_path: Path) -> None:
+    base = digits("vit", tmp_path)
+    _, step = searched(base, tmp_path, min_sqnr=26.0)
+    decision = step.decided()
+    assert decision is not None
+    text = decision.model_dump_json()
+    written = step.base(base, tmp_path).read_bytes()
+    read = CodebookDecision.model_validate_json(text)
+    other = Codebook(None, {}, Remarks())
+    other.read(read, tmp_path / "d.json")
+    (tmp_path / "replay").mkdir()
+    assert other.is_wanted
+    assert other.base(base, tmp_path / "replay").read_bytes() == written
+    sizes = Sizes(base.stat().st_size, base.stat().st_size)
+    record = other.replayed(read, base, sizes)
+    assert record is not None
+    assert (record.mode, record.kept, record.bits) == ("replay", True, "4, 8")
+    other.read(None, tmp_path / "d.json")
+    assert not other.is_wanted
+
+
+def test_decisions_that_do_not_fit(tmp_path: Path) -> None:
+    base = digits("mlp", tmp_path, None)
+    for bits, message in (
+        ({"gone": 8}, r"decisions d.json: cannot be replayed: the model has no weight 'gone'"),
+        ({"1.weight": 4}, r"decisions d.json: cannot be replayed: '1.weight' cannot be a table"),
+    ):
+        decision = CodebookDecision(candidate="c", found="f", bits=bits)  # type: ignore[arg-type]
+        step = Codebook(None, {}, Remarks())
+        step.read(decision, Path("d.json"))
+        with pytest.raises(UsageError, match=message):
+            step.applied(base)
+
+
+def test_the_screen(tmp_path: Path) -> None:
+    base = digits("vit", tmp_path)
+    record, _ = searched(base, tmp_path, min_sqnr=26.0)
+    console = Console(width=160, record=True, quiet=False, file=(tmp_path / "screen").open("w"))
+    show_codebook(record, console, every_candidate=True)
+    shown = console.export_text()
+    for part in (
+        "codebook  kept: 4 bits, less",
+        "26 dB have to be left",
+        "against the model before",
+        "it has fewer than 1024 elements",
+        "nothing is faster and no memory is saved",
+    ):
+        assert part in shown
+    assert shown.count("dB on 5 feeds") == len(record.candidates) + 1

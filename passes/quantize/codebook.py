@@ -47,7 +47,6 @@ _SLOTS: Final[Mapping[str, frozenset[int]]] = {
 }
 _SINCE: Final = 6  # opset of a Cast that states its type as a number
 _SINCE_FOUR: Final = 21  # opset that casts integers of 4 bits
-_IR_FOUR: Final = 10  # format that stores them
 _FRAME: Final = 220  # bytes of two nodes and two tensors around their data, but for names
 _NAMES: Final = 10  # times that the weight's name is in those
 _ZEROS: Final = 0.05  # share of zeros that are no accident, and stay zeros
@@ -86,7 +85,7 @@ class CodebookWeights:
 class CodebookRecipe:
     """Bits by weight. Tables follow from the weights: a recipe gives the same bytes each time."""
 
-    bits: Mapping[str, int]
+    bits: Mapping[str, Bits]
 
     def apply(self, base: Path, tables: Mapping[tuple[str, int], Array] | None = None) -> Model:
         """The model with these weights restated; `tables` are those that are known, by name and
@@ -155,9 +154,8 @@ def no_bits(model: Model, bits: int) -> str | None:
     opset = model.opsets.get("", 1)
     if model.graph.inputs_are_frozen:
         return "this IR version wants every initializer among the inputs"
-    if bits == 4 and (opset < _SINCE_FOUR or model.proto.ir_version < _IR_FOUR):
-        ir = model.proto.ir_version
-        return f"4 bits take opset {_SINCE_FOUR} and IR {_IR_FOUR}, not opset {opset} and IR {ir}"
+    if bits == 4 and opset < _SINCE_FOUR:
+        return f"4 bits take opset {_SINCE_FOUR}, not {opset}"
     return f"it takes opset {_SINCE}" if opset < _SINCE else None
 
 

@@ -1,0 +1,72 @@
+"""What a report says of weights stored as tables and indices, and what the decisions file does."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import Field
+
+from graphopt.record import Record
+
+NO_SPEED: Final = (
+    "tables make the file smaller: onnxruntime looks weights up as it loads the model, so that "
+    "nothing is faster and no memory is saved"
+)
+
+
+class CodedWeight(Record):
+    """One weight of a layer."""
+
+    name: str
+    bits: int = Field(description="of an index; 32 where it stays as it is")
+    reason: str = Field(default="", description="why it stays")
+    bytes_before: int
+    bytes_after: int = Field(description="of table and indices")
+    sqnr_db: float | None = Field(
+        default=None, description="of the weight itself; None where nothing is lost, or it stays"
+    )
+
+
+class CodebookTrial(Record):
+    """One candidate: whether it is good enough."""
+
+    name: str
+    good: bool = Field(description="within what may be lost")
+    found: str = Field(description="how it compares with the original, in words")
+    drop: float = Field(description="what it loses, in the units of `max_drop`")
+    bytes: int
+    weights: dict[str, int] = Field(description="how many weights have indices of so many bits")
+
+
+class CodebookRecord(Record):
+    """What was asked for, what was found, and what was kept."""
+
+    mode: Literal["search", "replay"]
+    kept: bool
+    forced: bool = False
+    candidate: str
+    reason: str = Field(description="why it is kept, or why nothing is")
+    found: str = ""
+    bits: str = Field(description="what was asked for: auto, 4 or 8")
+    metric: str | None = None
+    before: float | None = Field(default=None, description="the original's score; agreement: 1")
+    after: float | None = None
+    max_drop: float
+    min_sqnr: float | None = None
+    bytes_original: int
+    bytes_lossless: int
+    bytes_base: int = Field(description="of the model that it was done to")
+    bytes: int | None = None
+    weights: list[CodedWeight] = Field(default=[], description="of the candidate, largest first")
+    candidates: list[CodebookTrial] = Field(default=[])
+    notes: list[str] = Field(default=[])
+    decisions: str | None = None
+    seconds: dict[str, float] = Field(default={}, description="by stage")
+
+
+class CodebookDecision(Record):
+    """Bits by weight. Tables follow from the weights, so that a replay gives the same bytes."""
+
+    candidate: str
+    found: str
+    bits: dict[str, Literal[4, 8]] = Field(description="of an index, by the weight's name")
