@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from rich.console import Console
 
-from graphopt import exporter
+from graphopt import codebook_search, exporter
 from graphopt.account import Remarks, Sizes
 from graphopt.codebook import Codebook
 from graphopt.codebook_report import NO_SPEED, CodebookDecision, CodebookRecord
@@ -94,6 +94,16 @@ def test_many_numbers_are_divided_nearly_as_well_as_few(entries: int, outliers: 
             centres = np.where(counts > 0, sums / np.maximum(counts, 1), centres)
         groups = np.searchsorted((centres[:-1] + centres[1:]) / 2, line)
         assert found.error <= ((line - centres[groups]) ** 2).sum() * 1.0001
+
+
+@pytest.mark.parametrize("far", [(-7.5, -5.2), (8.0, 11.0, -9.0, 6.0)])
+def test_far_outliers_do_not_share_an_entry(far: tuple[float, ...]) -> None:
+    """As in MiniLM: 100 standard deviations away, where one entry for two loses 20 dB of all."""
+    x = (RNG.standard_normal(500_000) * 0.045).astype(np.float32)
+    x[: len(far)] = far
+    found = codebook(x, 256)
+    assert np.array_equal(found.values[: len(far)], x[: len(far)])
+    assert 10 * np.log10(np.square(x, dtype=np.float64).sum() / found.error) > 41
 
 
 def test_no_entry_can_be_moved_for_the_better() -> None:
@@ -506,6 +516,15 @@ def test_what_comes_to_nothing(tmp_path: Path) -> None:
     again, _ = searched(coded, tmp_path, 8)
     assert not again.kept
     assert again.reason.startswith("no weight of a layer can be a table")
+
+
+def test_what_is_not_smaller_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = digits("mlp", tmp_path)
+    monkeypatch.setattr(codebook_search, "model_bytes", lambda _: 1)
+    record, step = searched(base, tmp_path, 8)
+    assert not record.kept
+    assert record.reason == "it is not smaller than the model before"
+    assert step.recipe is None
 
 
 def test_without_data_four_bits_are_for_those_who_ask(tmp_path: Path) -> None:
