@@ -24,6 +24,7 @@ from graphopt.passes.work import sizes_wanted
 from graphopt.runtime import Feed
 from graphopt.search import Trial, Winner
 from graphopt.selection import Asked, Selection, Tell, slower
+from graphopt.split_harm import harms
 from graphopt.split_times import SplitTimes
 from graphopt.statistics import sweep
 
@@ -31,6 +32,7 @@ AUTO: Final = "auto"
 Share = float | Literal["auto"]
 SHARES: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of MACs, tried for "auto"
 _FIT_FEEDS: Final = 256  # samples of feeds are more: this many feeds tell what a layer does
+_HARM_FEEDS: Final = 16  # on which the harm of single layers is measured
 _CHECKS: Final = 3  # rounds in which what turned out slow is left whole
 _MISSED: Final = 0.02  # of the MACs: a share that is missed by more is told
 
@@ -96,6 +98,7 @@ class LowRanking:
         )
         self._settings = Settings(threads=request.threads, custom_ops=request.custom_ops)
         self._ranks: Ranks | None = None
+        self._harms: dict[str, float] = {}
         self._times: SplitTimes | None = None
         self._layers: dict[str, list[SplitLayer]] = {}
         self._left: dict[str, float] = {}
@@ -137,7 +140,7 @@ class LowRanking:
                 custom_ops=self._settings.custom_ops,
             )
             shapes = {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
-            self._ranks = tabulate(
+            ranks = tabulate(
                 model,
                 shapes,
                 self._request.methods,
@@ -145,7 +148,26 @@ class LowRanking:
                 self._settings,
                 lambda done: self._tell("seeing what ranks tell", done),
             )
+            self._ranks = self._weighted(ranks) if ranks.probes else ranks
         return self._ranks
+
+    def _weighted(self, ranks: Ranks) -> Ranks:
+        """The options with errors by what they do to the outputs."""
+        self._harms = harms(
+            self._lossless,
+            ranks.probes,
+            list(itertools.islice(self._selection.feeds(), _HARM_FEEDS)),
+            self._selection.judge.classes,
+            threads=self._settings.threads,
+            custom_ops=self._settings.custom_ops,
+            folder=self._folder,
+            progress=lambda done: self._tell("measuring what layers tell", done),
+        )
+        options = {
+            root: [replace(each, error=each.error * self._harms.get(root, 1.0)) for each in found]
+            for root, found in ranks.options.items()
+        }
+        return replace(ranks, options=options)
 
     @property
     def _timed(self) -> SplitTimes:

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.edit import Editor
 from graphopt.ir import Model
+from graphopt.kernels.lowrank import spectrum
 from graphopt.operators import MACS
 from graphopt.passes.fitting import Settings, each_moments
 from graphopt.passes.lowrank.allocation import allocate
-from graphopt.passes.lowrank.forms import Method
+from graphopt.passes.lowrank.forms import RIDGE, Method
 from graphopt.passes.lowrank.options import Option, Splittable, pooled, splittable
 from graphopt.passes.work import node_macs
 from graphopt.runtime import Feed
 
 Array = NDArray[Any]
+_PROBED: Final = 0.05  # an error that is of interest: whole models tolerate it in one layer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Weights of a group of layers that lose some of what they give, as they are stored, float32.
+
+    `weights` is the name of the initializer; `error` the mean square that is lost, the mean of it
+    included, relative to the variance of what the layers give.
+    """
+
+    weights: str
+    stored: Array
+    error: float
 
 
 @dataclass(frozen=True)
@@ -26,13 +42,14 @@ class Ranks:
     """Layers that can be split, in order of computation, with their options by root, dense first.
 
     `total` counts the MACs of the whole model; `moments` [K + 1, K + 1] by root are of layers that
-    read the same weights.
+    read the same weights. `probes` tell, by root, what a layer's error does; none without feeds.
     """
 
     groups: tuple[Splittable, ...]
     options: Mapping[str, list[Option]]
     total: int
     moments: Mapping[str, Array]
+    probes: Mapping[str, Probe]
 
     def left(self, chosen: Mapping[str, Option]) -> float:
         """The share of the model's MACs that a choice leaves."""
@@ -65,12 +82,31 @@ def tabulate(
     groups = tuple(splittable(edit, shapes))
     nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
     total = sum(node_macs(edit, node, shapes) for node in nodes)
-    options, kept = {}, dict[str, Array]()
+    options, kept, probes = {}, dict[str, Array](), {}
     for group, moments in _seen(model, groups, feeds, settings, progress):
         options[group.root] = [group.dense, *group.options(methods, pooled(group, moments))]
         if len(group.layers) > 1 or not group.first.is_own:
             kept |= moments
-    return Ranks(groups, {g.root: options[g.root] for g in groups}, total, kept)
+        if moments and len(options[group.root]) > 1:
+            ranks = [option.rank for option in options[group.root][1:]]
+            probes[group.root] = _probe(group, ranks, moments)
+    return Ranks(groups, {g.root: options[g.root] for g in groups}, total, kept, probes)
+
+
+def _probe(group: Splittable, ranks: Sequence[int], moments: Mapping[str, Array]) -> Probe:
+    """Weights as two products, at the rank that loses most nearly a twentieth."""
+    layer, total = group.first, np.sum(list(moments.values()), axis=0)
+    gram, mean = total[:-1, :-1], total[-1, :-1] / max(1.0, total[-1, -1])
+    centred = gram - total[-1, -1] * np.outer(mean, mean)
+    weights = np.asarray(layer.matrix(), np.float64)
+    found = spectrum(weights, gram, RIDGE)
+    errors = np.maximum(found.errors(ranks), 1e-12)
+    rank = ranks[int(np.argmin(np.abs(np.log(errors / _PROBED))))]
+    left, right = found.factors(rank)
+    lost = weights - left @ right
+    signal = float(np.sum((weights @ centred) * weights))
+    error = float(np.sum((lost @ gram) * lost)) / signal if signal > 0 else 1.0
+    return Probe(layer.weights.name, layer.stored((weights - lost).astype(np.float32)), error)
 
 
 def _seen(
