@@ -156,11 +156,12 @@ def main() -> int:
     print(text, end="", flush=True)
     worst = 0.0
     for name, w, ranks, pairs in cases(given.large):
-        for ranks_of in [*ranks, *pairs]:
-            if isinstance(ranks_of, int):
-                found = compared_cp(name, w, ranks_of, given.starts)
+        asked: list[int | tuple[int, int]] = [*ranks, *pairs]
+        for rank in asked:
+            if isinstance(rank, int):
+                found = compared_cp(name, w, rank, given.starts)
             else:
-                found = compared_tucker(name, w, ranks_of, given.starts)
+                found = compared_tucker(name, w, rank, given.starts)
             print(found, flush=True)
             text += f"{found}\n"
             worst = max(worst, found.ratio)

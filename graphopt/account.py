@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from graphopt.compress import Outcome, Request, counts
 from graphopt.decisions import Decisions, RegionDecision
 from graphopt.int8_regions import Choice, operators
-from graphopt.int8_report import CandidateRecord, Int8Record, Precision, RatioRecord, RegionRecord
+from graphopt.int8_report import CandidateRecord, Int8Record, Precision, RegionRecord
 from graphopt.ir import Model, Node
 from graphopt.judging import Judged
 from graphopt.passes.quantize.recipe import DYNAMIC, HALF, STATIC, TABLE, WEIGHTS, Recipe
@@ -18,6 +18,7 @@ from graphopt.regions import boundary, connected
 from graphopt.report import model_bytes
 from graphopt.search import Trial
 from graphopt.selection import least_bad
+from graphopt.step_report import RatioRecord
 from graphopt.timing import Ratio
 
 R = TypeVar("R")

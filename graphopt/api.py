@@ -72,6 +72,9 @@ def optimize(
     channels: float | str | None = None,
     importance: str | None = None,
     recover: str | None = None,
+    low_rank: float | str | None = None,
+    low_rank_method: str | None = None,
+    codebook: str | int | None = None,
     int8: Mode | None = None,
     max_drop: float = MAX_DROP,
     metric: str | None = None,
@@ -108,7 +111,14 @@ def optimize(
     "magnitude") or channels ("obs", "activation", "l1", "l2", "apoz") are chosen, `recover` how the
     rest is fitted again ("lsq", "moments", "none").
 
-    `int8` comes last, for the target "ort-cpu": it is kept where it is faster.
+    `low_rank` splits layers into products of smaller ones until this share of the MACs is left
+    ("auto": what the budget allows), only those that are measured to be faster for it; it is kept
+    where the model is faster. `low_rank_method` says into what: "svd", "channel", "spatial",
+    "tucker", "cp", or the best of the first four ("auto").
+
+    `int8` follows, for the target "ort-cpu": it is kept where it is faster. `codebook` comes last:
+    weights as tables of 256 numbers (8) or 16 (4), or what the budget allows ("auto"), and indices;
+    it is kept where the file is smaller, and makes nothing faster.
 
     `decisions` is a file to record all this in, `replay` one to repeat it from, to the same bytes.
     `force` keeps the fastest good candidate though it does not pay, or the least bad one where none
@@ -123,10 +133,12 @@ def optimize(
         raise UsageError(f"target {target!r}: there are 'portable' and 'ort-cpu'")
     source = Path(source) if isinstance(source, str) else source
     tell: Progress = progress or (lambda what, share: None)
-    prune = {"sparsity": sparsity, "nm": nm, "block": block, "threshold": threshold}
-    prune |= {"channels": channels, "importance": importance, "recover": recover}
-    options = int8, max_drop, metric, min_sqnr, decisions, replay, force, threads
-    wanted = _wanted(*options, prune=prune, target=target, data=data, models=(source, output))
+    lossy: dict[str, Any] = {"sparsity": sparsity, "nm": nm, "block": block, "threshold": threshold}
+    lossy |= {"channels": channels, "importance": importance, "recover": recover}
+    lossy |= {"low_rank": low_rank, "low_rank_method": low_rank_method, "codebook": codebook}
+    lossy |= {"int8": int8, "metric": metric, "min_sqnr": min_sqnr, "replay": replay}
+    lossy |= {"decisions": decisions, "force": force or None, "threads": threads or None}
+    wanted = _wanted(lossy, max_drop, target, data, (source, output))
     asked = pipeline(level, passes, keep_overridable=keep_overridable, shapes=shapes, opset=opset)
     settings = {"level": level, "passes": passes, "opset": opset}
     settings |= {"keep_overridable": keep_overridable, "shapes": _text(shapes)}
@@ -152,32 +164,30 @@ def optimize(
 
 
 def _wanted(
-    int8: Mode | None,
+    given: Mapping[str, Any],
     max_drop: float,
-    metric: str | None,
-    min_sqnr: float | None,
-    decisions: str | Path | None,
-    replay: str | Path | None,
-    force: bool,
-    threads: int,
-    *,
-    prune: Mapping[str, Any],
     target: str,
     data: str | None,
     models: Sequence[str | Path | onnx.ModelProto | None],
 ) -> Wanted | None:
     """What is asked of lossy steps, None where that is nothing. Raises UsageError."""
-    given = [int8, metric, min_sqnr, decisions, replay, force or None, threads or None]
-    given += prune.values()
-    if all(option is None for option in given) and max_drop == MAX_DROP:
+    if all(option is None for option in given.values()) and max_drop == MAX_DROP:
         return None
     from graphopt.judging import Budget
-    from graphopt.wanted import PruneWanted, Wanted
+    from graphopt.wanted import LowRankWanted, PruneWanted, Wanted
 
-    written, read = (None if path is None else Path(path) for path in (decisions, replay))
-    budget = Budget(max_drop, metric, min_sqnr)
-    asked = PruneWanted(**prune)
-    wanted = Wanted(int8, budget, written, read, force, threads, asked)
+    paths = {"decisions": given["decisions"], "replay": given["replay"]}
+    pruning = {name: given[name] for name in PruneWanted.__dataclass_fields__}
+    wanted = Wanted(
+        given["int8"],
+        Budget(max_drop, given["metric"], given["min_sqnr"]),
+        force=bool(given["force"]),
+        threads=given["threads"] or 0,
+        prune=PruneWanted(**pruning),
+        low_rank=LowRankWanted(share=given["low_rank"], method=given["low_rank_method"]),
+        codebook=given["codebook"],
+        **{name: None if path is None else Path(path) for name, path in paths.items()},
+    )
     wanted.check(target, data, [Path(m) for m in models if isinstance(m, str | Path)])
     return wanted
 
@@ -319,7 +329,7 @@ def _with_lossy(report: Report, step: Lossy, lossy: Kept | None, *, is_kept: boo
     warnings = [*report.warnings, *step.remarks.warnings]
     more: dict[str, Any] = {"warnings": warnings}
     if lossy is not None:
-        more |= {"prune": lossy.prune, "int8": lossy.int8}
+        more |= lossy.records
         warnings += lossy.refusals if is_kept else []
     return report.model_copy(update=more)
 

@@ -81,6 +81,9 @@ def optimize(
     channels: o.Channels = None,
     importance: o.Importance = None,
     recover: o.Recover = None,
+    low_rank: o.LowRank = None,
+    low_rank_method: o.LowRankMethod = None,
+    codebook: o.Codebook = None,
     int8: o.Int8 = None,
     max_drop: o.MaxDrop = 0.01,
     metric: o.Metric = None,
@@ -106,6 +109,7 @@ def optimize(
     what |= Options(seed=seed, verify_each=verify_each or None)  # None: as the environment says
     what |= Options(sparsity=sparsity, nm=nm, block=block, threshold=threshold)
     what |= Options(channels=channels, importance=importance, recover=recover)
+    what |= Options(low_rank=low_rank, low_rank_method=low_rank_method, codebook=codebook)
     what |= Options(int8=int8, max_drop=max_drop, metric=metric, min_sqnr=min_sqnr)
     what |= Options(decisions=decisions, replay=replay, force=force, threads=threads)
     with shell.report_writer(report, source, output) as save:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from graphopt import exporter
+from numpy.typing import NDArray
+
 from graphopt.account import Remarks, Sizes, kept_or_forced
 from graphopt.codebook_report import (
     NO_SPEED,
@@ -26,14 +27,16 @@ from graphopt.codebook_search import (
     CodebookRequest,
     CodebookSearch,
 )
-from graphopt.errors import UsageError
+from graphopt.decisions import Decisions
 from graphopt.ir import Model
 from graphopt.judging import Judged
 from graphopt.passes.quantize.codebook import CodebookRecipe
-from graphopt.recorded import Setting
+from graphopt.recorded import Setting, applied_or_refused
 from graphopt.report import model_bytes
 from graphopt.search import Trial
 from graphopt.selection import Tell, least_bad
+
+Array = NDArray[Any]
 
 
 class Codebook:
@@ -41,6 +44,8 @@ class Codebook:
 
     Warnings gather in `remarks`.
     """
+
+    name: ClassVar[str] = "codebook"
 
     def __init__(self, bits: BitsAsked | None, common: Mapping[str, Any], remarks: Remarks) -> None:
         self.recipe: CodebookRecipe | None = None
@@ -51,12 +56,12 @@ class Codebook:
         self._trial: Trial[CodebookRecipe] | None = None
         self._path: Path | None = None
 
-    def read(self, decision: CodebookDecision | None, path: Path) -> None:
-        """Take what a file decided; None: nothing."""
-        self._path = path
-        self.is_wanted = decision is not None
-        if decision is not None:
-            self.recipe = CodebookRecipe(decision.bits)
+    def read(self, decisions: Decisions, arrays: Mapping[str, Array], path: Path) -> None:
+        """Take what a file decided."""
+        self._path, found = path, decisions.codebook
+        self.is_wanted = found is not None
+        if found is not None:
+            self.recipe = CodebookRecipe(found.bits)
 
     def search(
         self, original: Path, base: Path, folder: Path, sizes: Sizes, tell: Tell
@@ -72,26 +77,11 @@ class Codebook:
         """The model with what was decided, as it is where that is nothing."""
         if self.recipe is None:
             return Model.load(base)
-        try:
-            return self.recipe.apply(base)
-        except (LookupError, ValueError) as error:
-            if self._path is None:
-                raise
-            said = error.args[0] if error.args else error
-            raise UsageError(f"decisions {self._path}: cannot be replayed: {said}") from error
+        return applied_or_refused(self.recipe.apply, base, self._path)
 
-    def base(self, base: Path, folder: Path) -> Path:
-        """The same as a file, for steps that follow; `base` itself where nothing is kept."""
-        if self.recipe is None:
-            return base
-        target = folder / "coded.onnx"  # `base` may lie there, and be read from
-        exporter.save(self.applied(base), target)
-        return target
-
-    def replayed(
-        self, decision: CodebookDecision | None, base: Path, sizes: Sizes, max_drop: float = 0.0
-    ) -> CodebookRecord | None:
+    def replayed(self, decisions: Decisions, base: Path, sizes: Sizes) -> CodebookRecord | None:
         """The account of decisions that were read."""
+        decision = decisions.codebook
         if decision is None:
             return None
         return CodebookRecord(
@@ -101,7 +91,7 @@ class Codebook:
             reason="as it was decided",
             found=decision.found,
             bits=", ".join(str(bits) for bits in sorted(set(decision.bits.values()))),
-            max_drop=max_drop,
+            max_drop=float(decisions.options.get("max_drop") or 0.0),
             bytes_original=sizes.original,
             bytes_lossless=sizes.lossless,
             bytes_base=model_bytes(base),
@@ -113,16 +103,23 @@ class Codebook:
         """What the user asked for, for the decisions file."""
         return {"codebook": self._bits} if self.is_wanted else {}
 
-    def decided(self) -> CodebookDecision | None:
-        """The part of the decisions file, None where nothing is kept."""
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What the decisions need beside them: nothing, tables follow from the weights."""
+        return {}
+
+    def decided(self, decisions: Decisions) -> Decisions:
+        """The decisions with those of this step."""
         if self._trial is None:
-            return None
+            return decisions
         trial = self._trial
-        return CodebookDecision(
+        found = CodebookDecision(
             candidate=trial.name,
             found=trial.verdict.text,
             bits=dict(sorted(trial.recipe.bits.items())),
         )
+        more = {"codebook": found, "candidate": trial.name, "found": trial.verdict.text}
+        return decisions.model_copy(update=more)
 
 
 def _account(

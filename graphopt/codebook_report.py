@@ -7,6 +7,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from graphopt.record import Record
+from graphopt.step_report import StepRecord, TrialRecord
 
 NO_SPEED: Final = (
     "tables make the file smaller: onnxruntime looks weights up as it loads the model, so that "
@@ -27,41 +28,20 @@ class CodedWeight(Record):
     )
 
 
-class CodebookTrial(Record):
+class CodebookTrial(TrialRecord):
     """One candidate: whether it is good enough."""
 
-    name: str
-    good: bool = Field(description="within what may be lost")
-    found: str = Field(description="how it compares with the original, in words")
-    drop: float = Field(description="what it loses, in the units of `max_drop`")
-    bytes: int
     weights: dict[str, int] = Field(description="how many weights have indices of so many bits")
 
 
-class CodebookRecord(Record):
+class CodebookRecord(StepRecord):
     """What was asked for, what was found, and what was kept."""
 
     mode: Literal["search", "replay"]
-    kept: bool
-    forced: bool = False
-    candidate: str
-    reason: str = Field(description="why it is kept, or why nothing is")
-    found: str = ""
     bits: str = Field(description="what was asked for: auto, 4 or 8")
-    metric: str | None = None
-    before: float | None = Field(default=None, description="the original's score; agreement: 1")
-    after: float | None = None
-    max_drop: float
-    min_sqnr: float | None = None
-    bytes_original: int
-    bytes_lossless: int
     bytes_base: int = Field(description="of the model that it was done to")
-    bytes: int | None = None
     weights: list[CodedWeight] = Field(default=[], description="of the candidate, largest first")
     candidates: list[CodebookTrial] = Field(default=[])
-    notes: list[str] = Field(default=[])
-    decisions: str | None = None
-    seconds: dict[str, float] = Field(default={}, description="by stage")
 
 
 class CodebookDecision(Record):

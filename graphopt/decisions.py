@@ -20,7 +20,9 @@ import numpy as np
 from pydantic import AfterValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from graphopt import output
+from graphopt.codebook_report import CodebookDecision
 from graphopt.errors import UsageError
+from graphopt.low_rank_report import LowRankDecision
 from graphopt.record import Record
 from graphopt.report import Host, version
 
@@ -83,7 +85,7 @@ class RegionDecision(Record):
 
 
 class PruningDecision(Record):
-    """What was pruned. Weights that were fitted lie in a file of their own beside the decisions."""
+    """What was pruned; weights that were fitted lie in the file of weights."""
 
     candidate: str
     found: str
@@ -91,7 +93,6 @@ class PruningDecision(Record):
     recovery: str
     importance: str
     groups: dict[str, int] = Field(description="units that were taken out, by group")
-    sha256: str = Field(description="of the file of weights, which has .npz behind the name")
 
 
 class Decisions(Record):
@@ -111,7 +112,12 @@ class Decisions(Record):
     )
     candidate: str = Field(default="", description="what is kept, as the report calls it")
     found: str = Field(default="", description="how it compared with the original, in words")
-    pruning: PruningDecision | None = Field(default=None, description="done before the regions")
+    pruning: PruningDecision | None = Field(default=None, description="what is done first")
+    low_rank: LowRankDecision | None = Field(default=None, description="then layers are split")
+    codebook: CodebookDecision | None = Field(default=None, description="what is done last")
+    weights: str = Field(
+        default="", description="sha256 of the file of weights beside, .npz behind the name"
+    )
     regions: list[RegionDecision]
     tensors: dict[str, TensorQuantization] = Field(default={}, description="by value name")
     biases: dict[str, list[Float32]] = Field(

@@ -45,6 +45,9 @@ class Options(TypedDict, total=False):
     channels: float | str | None
     importance: str | None
     recover: str | None
+    low_rank: float | str | None
+    low_rank_method: str | None
+    codebook: str | int | None
     int8: Mode | None
     max_drop: float
     metric: str | None

@@ -7,28 +7,16 @@ from typing import Literal
 from pydantic import Field
 
 from graphopt.record import Record
+from graphopt.step_report import RatioRecord, StepRecord, TrialRecord
 
 Precision = Literal[
     "int8", "dynamic int8", "int8 weights", "int4 weights", "int8 table", "float16", "float"
 ]
 
 
-class RatioRecord(Record):
-    """Time of another model divided by the candidate's, with its interval; above 1 is faster."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-class CandidateRecord(Record):
+class CandidateRecord(TrialRecord):
     """One candidate: whether it is good enough, and how fast it is."""
 
-    name: str
-    good: bool = Field(description="within what may be lost")
-    found: str = Field(description="how it compares with the original, in words")
-    drop: float = Field(description="what it loses, in the units of `max_drop`")
-    bytes: int
     regions: dict[str, int] = Field(description="how many regions take each option")
     to_lossless: RatioRecord | None = Field(default=None, description="None where it was not timed")
     to_original: RatioRecord | None = Field(default=None, description="of the finalists only")
@@ -51,38 +39,13 @@ class RegionRecord(Record):
     sqnr_db: float | None = Field(default=None, description="of its results, the lowest")
 
 
-class Int8Record(Record):
-    """What int8 was asked for, what was found, and what was kept.
-
-    Everything measured is of the candidate that is kept, or of the best one where none is.
-    """
+class Int8Record(StepRecord):
+    """What int8 was asked for, what was found, and what was kept."""
 
     mode: Literal["auto", "static", "dynamic", "weights", "replay"]
-    kept: bool
-    candidate: str = Field(description="name of the candidate that the rest is about, if any")
-    reason: str = Field(description="why it is kept, or why nothing is")
-    forced: bool = Field(default=False, description="it is kept only because that was forced")
-    found: str = Field(default="", description="how it compares with the original, in words")
-    metric: str | None = Field(default=None, description="None: by agreement with the original")
-    before: float | None = Field(default=None, description="the original's score; agreement: 1")
-    after: float | None = Field(default=None, description="its score, or agreement")
-    max_drop: float = Field(description="what may be lost of it")
-    min_sqnr: float | None = None
-    feeds: int = Field(default=0, description="that calibration saw; 0: nothing was calibrated")
     sqnr_db: dict[str, float | None] = Field(
         default={}, description="of outputs against the original; None where no real numbers"
     )
-    ms_original: float | None = None
-    ms_lossless: float | None = None
-    ms: float | None = Field(default=None, description="median milliseconds per run, as timed")
-    to_lossless: RatioRecord | None = None
-    to_original: RatioRecord | None = None
-    bytes_original: int
-    bytes_lossless: int
-    bytes: int | None = None
     counts: dict[str, int] = Field(default={}, description="how many regions take each option")
     candidates: list[CandidateRecord] = Field(default=[])
     regions: list[RegionRecord] = Field(default=[])
-    notes: list[str] = Field(default=[])
-    decisions: str | None = Field(default=None, description="file they were written to, or read")
-    seconds: dict[str, float] = Field(default={}, description="by stage")

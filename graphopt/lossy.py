@@ -1,63 +1,112 @@
 """Lossy steps of `optimize`: what follows once the best lossless model is proved and on disk.
 
-Pruning first, then int8 on what it left; both against one budget and the same original, and both
-in one decisions file, which repeats them elsewhere to the same bytes.
+Channels and weights first, then layers are split, then int8 on what is left, then tables of
+weights; all against one budget and the same original, and all in one decisions file, which repeats
+them elsewhere to the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from graphopt import exporter
 from graphopt.account import Remarks, Sizes
+from graphopt.codebook import Codebook
 from graphopt.decisions import Decisions, load_decisions, sha256
 from graphopt.errors import RuntimeFailure, UsageError
 from graphopt.fingerprint import fingerprint
 from graphopt.int8 import Int8
 from graphopt.int8_report import Int8Record
 from graphopt.ir import Model
+from graphopt.low_rank import LowRank
+from graphopt.low_rank_report import LowRankRecord
 from graphopt.manager import run_pipeline
 from graphopt.output import Target, output_errors
 from graphopt.passes.canonicalize.fix_shapes import FixShapes
 from graphopt.passes.prune.sparse import Sparsify
 from graphopt.prover import Candidate, Progress
 from graphopt.prune import Prune
-from graphopt.prune_report import PruneRecord
 from graphopt.recorded import Setting, blank_decisions, check_lossless, replay_notes
 from graphopt.report import file_info
 from graphopt.runtime import Session
+from graphopt.step_report import StepRecord
 from graphopt.wanted import Wanted
 
-WEIGHTS: Final = ".npz"  # behind the name of the decisions: weights that pruning fitted
+Array = NDArray[Any]
+WEIGHTS: Final = ".npz"  # behind the name of the decisions: weights that steps fitted
+_DAMAGE: Final = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
+
+
+class Step(Protocol):
+    """One lossy step. It is asked to search, or given what a file decided; then it is applied."""
+
+    is_wanted: bool
+
+    @property
+    def name(self) -> str:
+        """As the report calls it."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Setting]:
+        """What the user asked for, for the decisions file."""
+        ...
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """What the decisions need beside them."""
+        ...
+
+    def read(self, decisions: Decisions, arrays: Mapping[str, Array], path: Path) -> None:
+        """Take what a file decided."""
+
+    def search(
+        self, original: Path, base: Path, folder: Path, sizes: Sizes, tell: Progress
+    ) -> StepRecord:
+        """Look for the best candidate for the file `base`, judged against the original."""
+        ...
+
+    def applied(self, base: Path) -> Model:
+        """The model with what was decided, as it is where that is nothing."""
+        ...
+
+    def replayed(self, decisions: Decisions, base: Path, sizes: Sizes) -> StepRecord | None:
+        """The account of decisions that were read; None where this step has none."""
+        ...
+
+    def decided(self, decisions: Decisions) -> Decisions:
+        """The decisions with those of this step."""
+        ...
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What became of the steps that were asked for; None for those that were not."""
+    """What became of the steps that were asked for, by name, in order."""
 
-    prune: PruneRecord | None
-    int8: Int8Record | None
+    records: Mapping[str, StepRecord]
 
     @property
     def any(self) -> bool:
         """True where there is a lossy model to be written."""
-        return any(each is not None and each.kept for each in (self.prune, self.int8))
+        return any(record.kept for record in self.records.values())
 
     @property
     def refusals(self) -> list[str]:
         """Why steps that were asked for came to nothing, and what can be done, one line each."""
-        steps = (("prune", self.prune), ("int8", self.int8))
-        asked = [(name, each) for name, each in steps if each is not None]
-        lines = [(name, refusal(each)) for name, each in asked if not each.kept]
-        return [f"{name}: {line}" if len(asked) > 1 else line for name, line in lines]
+        found = [(name, refusal(each)) for name, each in self.records.items() if not each.kept]
+        is_alone = len(self.records) == 1
+        return [line if is_alone else f"{name.replace('_', ' ')}: {line}" for name, line in found]
 
 
 class Lossy:
@@ -101,14 +150,24 @@ class Lossy:
             "custom_ops": tuple(custom_ops),
             "force": wanted.force,
             # Int8 too: it is judged on the feeds that no layer was fitted on.
-            "holds_out": wanted.prune.is_wanted and wanted.prune.recovery(data) != "none",
+            # All of them: they are judged on the feeds that no layer was fitted on.
+            "holds_out": wanted.fits(data),
         }
         self._data, self._seed, self._custom_ops = data, seed, tuple(custom_ops)
+        self._common = common
         self._prune = Prune(wanted.prune, common, self.remarks)
+        self._low_rank = LowRank(wanted.low_rank, common, self.remarks)
         self._int8 = Int8(wanted.mode, common, self.remarks)
+        self._codebook = Codebook(wanted.bits, common, self.remarks)
         if self._replay is not None and wanted.replay is not None:
-            self._prune.read(self._replay, wanted.replay)
-            self._int8.read(self._replay, wanted.replay)
+            arrays = _arrays(self._replay, wanted.replay)
+            for step in self._steps:
+                _read(step, self._replay, arrays, wanted.replay)
+
+    @property
+    def _steps(self) -> tuple[Step, ...]:
+        """In the order in which they are done."""
+        return self._prune, self._low_rank, self._int8, self._codebook
 
     def __enter__(self) -> Self:
         if self._wanted.decisions is not None:
@@ -149,30 +208,67 @@ class Lossy:
         sizes = Sizes(original_bytes, file_info(lossless, files).bytes)
         if self._replay is not None:
             return self._replayed(candidate, lossless, mark, sizes)
-        original = self._original(work)
-        prune, base = None, lossless
-        if self._prune.is_wanted:
-            clock = _Clock(self._tell, "prune")
-            folder = _made(work / "pruned")
-            prune = self._prune.search(original, lossless, folder, sizes, clock)
-            base = self._prune.base(lossless, folder)
-            prune = prune.model_copy(update={"seconds": clock.stop()})
-        int8 = None
-        if self._int8.is_wanted:
-            clock = _Clock(self._tell, "int8")
-            folder = _made(work / "candidates")
-            int8 = self._int8.search(original, base, folder, sizes, clock)
-            int8 = int8.model_copy(update={"seconds": clock.stop()})
-        kept = Kept(prune, int8)
+        records, base = self._searched(self._original(work), lossless, work, sizes)
+        kept = Kept(records)
         if kept.any:
-            self._apply(candidate, base)
+            self._finish(candidate, base)
             self._record(mark)
             kept = self._told(kept, candidate, self._wanted.decisions)
         return kept
 
-    def _apply(self, candidate: Candidate, base: Path) -> None:
+    def _searched(
+        self, original: Path, lossless: Path, work: Path, sizes: Sizes
+    ) -> tuple[dict[str, StepRecord], Path]:
+        """What each step found on what the steps before it left, and the file in the end."""
+        records: dict[str, StepRecord] = {}
+        base = before = lossless
+        for step in self._steps:
+            if not step.is_wanted:
+                continue
+            clock = _Clock(self._tell, step.name.replace("_", " "))
+            folder = _made(work / step.name)
+            if step is self._int8 and self._low_rank.alternatives:
+                base, found = self._with_int8(original, before, folder, sizes, clock)
+                records |= found
+            else:
+                records[step.name] = step.search(original, base, folder, sizes, clock)
+                before, base = base, _file(step, base, folder)
+            seconds = {"seconds": clock.stop()}
+            records[step.name] = records[step.name].model_copy(update=seconds)
+        return records, base
+
+    def _with_int8(
+        self, original: Path, base: Path, folder: Path, sizes: Sizes, clock: Progress
+    ) -> tuple[Path, dict[str, StepRecord]]:
+        """Int8 on each of the models that low rank has to offer and on that before it.
+
+        What is fastest of all is kept; both steps share what may be lost, so that the fastest
+        split model need not be the one that int8 goes with.
+        """
+        best: tuple[float, Path, Int8, Any, LowRankRecord, Int8Record] | None = None
+        for number, trial in enumerate((*self._low_rank.alternatives, None)):
+            place = _made(folder / str(number))
+            split = self._low_rank.choose(trial, sizes)
+            file = _file(self._low_rank, base, place)
+            int8 = Int8(self._wanted.mode, self._common, Remarks())
+            record = int8.search(original, file, place, sizes, clock)
+            shown: StepRecord = record if record.kept else split
+            speed = shown.to_original.ratio if shown.kept and shown.to_original else 0.0
+            if best is None or speed > best[0]:
+                best = speed, _file(int8, file, place), int8, trial, split, record
+        assert best is not None
+        _, target, self._int8, trial, split, record = best
+        self._low_rank.choose(trial, sizes)
+        if trial is None:
+            better = f"int8 alone is faster: {_speed(record)} of the original's speed"
+            split = split.model_copy(update={"reason": better})
+        self.remarks.warnings += self._int8.remarks.warnings
+        self.remarks.notes += self._int8.remarks.notes
+        return target, {self._low_rank.name: split, self._int8.name: record}
+
+    def _finish(self, candidate: Candidate, base: Path) -> None:
         """Make the candidate what was decided."""
-        candidate.model = self._int8.applied(base)
+        candidate.model = Model.load(base)
         if self._prune.has_zeros:
             run_pipeline(candidate.model, [Sparsify()])
         candidate.write(self._tell)
@@ -181,12 +277,14 @@ class Lossy:
         """The records with what is known only once the model is written."""
         size = file_info(candidate.staged, candidate.files).bytes
         more = {"bytes": size, "decisions": None if decisions is None else str(decisions)}
-        prune, int8 = kept.prune, kept.int8
-        if prune is not None and prune.kept:
-            prune = prune.model_copy(update=more)
+        records = {
+            name: record.model_copy(update=more) if record.kept else record
+            for name, record in kept.records.items()
+        }
+        int8 = records.get(self._int8.name)
         if int8 is not None and int8.kept:
-            int8 = int8.model_copy(update={**more, "notes": self.remarks.notes})
-        return Kept(prune, int8)
+            records[self._int8.name] = int8.model_copy(update={"notes": self.remarks.notes})
+        return Kept(records)
 
     def _replayed(self, candidate: Candidate, lossless: Path, mark: str, sizes: Sizes) -> Kept:
         decisions, path = self._replay, self._wanted.replay
@@ -197,26 +295,27 @@ class Lossy:
         warnings, notes = replay_notes(decisions, path)
         self.remarks.warnings += warnings
         self.remarks.notes += notes
-        base = self._prune.base(lossless, _made(lossless.parent.parent / "pruned"))
-        self._apply(candidate, base)
+        base, records = lossless, dict[str, StepRecord]()
+        for step in self._steps:
+            if (record := step.replayed(decisions, base, sizes)) is not None:
+                records[step.name] = record
+                base = _file(step, base, _made(lossless.parent.parent / step.name))
+        self._finish(candidate, base)
         try:
             Session(candidate.staged, custom_ops=self._custom_ops).close()
         except RuntimeFailure as failure:
             raise UsageError(f"decisions {path}: cannot be replayed: {failure}") from failure
-        prune, int8 = self._prune.replayed(decisions, sizes), None
-        if self._int8.recipe is not None:
-            int8 = self._int8.replayed(decisions, base, sizes)
-        return self._told(Kept(prune, int8), candidate, path)
+        return self._told(Kept(records), candidate, path)
 
     def _record(self, mark: str) -> None:
         """Stage the decisions file, and the weights beside it."""
         if self._place is None:
             return
         budget, wanted = self._wanted.budget, self._wanted
-        options: dict[str, Setting] = {
-            **self._settings,
-            "int8": wanted.mode,
-            **self._prune.options,
+        options: dict[str, Setting] = dict(self._settings)
+        for step in self._steps:
+            options |= step.options
+        options |= {
             "max_drop": budget.max_drop,
             "metric": budget.metric,
             "min_sqnr": budget.min_sqnr,
@@ -226,12 +325,19 @@ class Lossy:
             "force": wanted.force,
         }
         decisions = blank_decisions(self._sha256, mark, options)
+        arrays = {
+            f"{s.name}/{name}": array for s in self._steps for name, array in s.arrays.items()
+        }
+        beside = self._place.staged.with_name(self._place.staged.name + WEIGHTS)
         with output_errors(self._place.path):
-            beside = self._place.staged.with_name(self._place.staged.name + WEIGHTS)
-            decisions, arrays = self._prune.decided(decisions, beside)
-            decisions = self._int8.decided(decisions)
+            if arrays:
+                with beside.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **arrays)
+                decisions = decisions.model_copy(update={"weights": sha256([beside])})
+            for step in self._steps:
+                decisions = step.decided(decisions)
             self._place.staged.write_text(decisions.to_json(), encoding="utf-8")
-        self._staged = [*arrays, self._place.staged]
+        self._staged = [*([beside] if arrays else []), self._place.staged]
 
     def _original(self, work: Path) -> Path:
         """The source as a file, at the shapes that are fixed."""
@@ -245,19 +351,15 @@ class Lossy:
         return path
 
 
-def refusal(record: PruneRecord | Int8Record) -> str:
+def refusal(record: StepRecord) -> str:
     """Why nothing is written, and what can be done about it, in one line."""
+    tried = record.trials
     hint = ""
-    if record.candidate and not _is_bad(record):
+    if record.candidate and any(each.good for each in tried):
         hint = "; --force writes the fastest good one all the same"
-    elif record.candidates:
+    elif tried:
         hint = "; --max-drop lets more be lost, --force writes the best of them all the same"
     return f"{record.reason}{hint}"
-
-
-def _is_bad(record: PruneRecord | Int8Record) -> bool:
-    """True where even the best candidate loses too much."""
-    return not any(each.good for each in record.candidates)
 
 
 class _Clock:
@@ -287,6 +389,49 @@ class _Clock:
         if self._stage:
             self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
         self._since = now
+
+
+def _file(step: Step, base: Path, folder: Path) -> Path:
+    """What a step makes of a file; the file itself where that is nothing."""
+    model = step.applied(base)
+    if not model.graph.edited:
+        return base
+    target = folder / "made.onnx"
+    exporter.save(model, target)
+    return target
+
+
+def _speed(record: StepRecord) -> str:
+    return f"{record.to_original.ratio:.2f}x" if record.to_original is not None else "more"
+
+
+def _arrays(decisions: Decisions, path: Path) -> dict[str, Array]:
+    """The weights beside decisions. Raises UsageError for others than were written with them."""
+    if not decisions.weights:
+        return {}
+    beside = path.with_name(path.name + WEIGHTS)
+    try:
+        if sha256([beside]) != decisions.weights:
+            raise ValueError("it is not the file that was written with them")
+        with np.load(beside, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+
+
+def _read(step: Step, decisions: Decisions, arrays: Mapping[str, Array], path: Path) -> None:
+    """Let a step take what is its own."""
+    prefix = f"{step.name}/"
+    own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    try:
+        step.read(decisions, own, path)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    said = error.strerror if isinstance(error, OSError) else str(error)
+    return UsageError(f"decisions {path}: the weights {path.name}{WEIGHTS}: {said}")
 
 
 def _made(folder: Path) -> Path:

@@ -49,13 +49,15 @@ class LowRankRequest(Asked):
 class SplitLayer:
     """A layer, or several that read one weight, with what was chosen and what that does.
 
-    `error` is of the variance of what it gives; milliseconds are as they were timed before the
-    weights were fitted, None where they were not.
+    `ranks` are channels between the parts, `error` is of the variance of what it gives;
+    milliseconds are as timed before the weights were fitted, None where they were not.
     """
 
     group: Splittable
     option: Option
+    ranks: tuple[int, ...]
     error: float
+    degeneracy: float | None
     ms_before: float | None
     ms_after: float | None
 
@@ -276,7 +278,9 @@ class LowRanking:
             SplitLayer(
                 group,
                 chosen[group.root],
+                () if (split := found.splits.get(group.root)) is None else split.ranks,
                 found.errors.get(group.root, 0.0),
+                None if split is None else split.degeneracy,
                 self._times.dense[group.root] if self._times is not None else None,
                 ms.get(group.root),
             )

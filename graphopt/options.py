@@ -86,6 +86,18 @@ Recover = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="prune: fit what is left: lsq, moments or none."),
 ]
+LowRank = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="split layers until this share of MACs is left, or 'auto'."),
+]
+LowRankMethod = Annotated[
+    Literal["auto", "svd", "channel", "spatial", "tucker", "cp"] | None,
+    typer.Option(help="low rank: what layers are split into."),
+]
+Codebook = Annotated[
+    Literal["auto", "8", "4"] | None,
+    typer.Option(help="Weights as tables and indices of so many bits: a smaller file."),
+]
 Int8 = Annotated[
     Literal["auto", "static", "dynamic", "weights"] | None,
     typer.Option(help="Compute on int8 where that is faster here and loses little."),

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar
 
-import numpy as np
+from numpy.typing import NDArray
 
-from graphopt import exporter
 from graphopt.account import Remarks, Sizes, kept_or_forced
-from graphopt.decisions import Decisions, sha256
-from graphopt.errors import UsageError
+from graphopt.decisions import Decisions
+from graphopt.ir import Model
 from graphopt.passes.recipe import StagedRecipe
 from graphopt.prune_account import prune_account, prune_decision, replayed_pruning
 from graphopt.prune_report import PruneRecord
 from graphopt.pruning import PruneOutcome, PruneRequest, Pruning
-from graphopt.recorded import Setting
+from graphopt.recorded import Setting, applied_or_refused
 from graphopt.search import Trial
 from graphopt.selection import Tell
 from graphopt.wanted import PruneWanted
 
-_DAMAGE: Final = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
+Array = NDArray[Any]
 
 
 class Prune:
@@ -30,6 +28,8 @@ class Prune:
 
     Warnings gather in `remarks`.
     """
+
+    name: ClassVar[str] = "prune"
 
     def __init__(self, wanted: PruneWanted, common: Mapping[str, Any], remarks: Remarks) -> None:
         self.recipe: StagedRecipe | None = None
@@ -42,22 +42,13 @@ class Prune:
         self._trial: Trial[StagedRecipe] | None = None
         self._path: Path | None = None
 
-    def read(self, decisions: Decisions, path: Path) -> None:
-        """Take what a file decided, with the weights beside it. Raises UsageError for damage."""
+    def read(self, decisions: Decisions, arrays: Mapping[str, Array], path: Path) -> None:
+        """Take what a file decided, with its weights. Raises ValueError for what is no recipe."""
         self._path, found = path, decisions.pruning
         self.is_wanted = found is not None
-        if found is None:
-            return
-        self.has_zeros = found.zeros
-        beside = path.with_name(path.name + ".npz")
-        try:
-            if sha256([beside]) != found.sha256:
-                raise ValueError("it is not the file that was written with them")
-            with np.load(beside, allow_pickle=False) as archive:
-                self.recipe = StagedRecipe.of({name: archive[name] for name in archive.files})
-        except _DAMAGE as error:
-            said = error.strerror if isinstance(error, OSError) else str(error)
-            raise UsageError(f"decisions {path}: the weights {beside.name}: {said}") from None
+        if found is not None:
+            self.has_zeros = found.zeros
+            self.recipe = StagedRecipe.of(arrays)
 
     def search(
         self, original: Path, lossless: Path, folder: Path, sizes: Sizes, tell: Tell
@@ -70,21 +61,13 @@ class Prune:
             self._outcome, self._trial = outcome, trial
         return prune_account(outcome, self._request, trial, sizes, lossless)
 
-    def base(self, lossless: Path, folder: Path) -> Path:
-        """The pruned model, all zeros in it, as a file; the lossless one where nothing is kept."""
+    def applied(self, base: Path) -> Model:
+        """The pruned model, all zeros in it; as it is where nothing is kept."""
         if self.recipe is None:
-            return lossless
-        target = folder / "base.onnx"
-        try:
-            exporter.save(self.recipe.dense(lossless), target)
-        except (LookupError, ValueError) as error:
-            if self._path is None:
-                raise
-            said = " ".join(str(error).split())
-            raise UsageError(f"decisions {self._path}: cannot be replayed: {said}") from error
-        return target
+            return Model.load(base)
+        return applied_or_refused(self.recipe.dense, base, self._path)
 
-    def replayed(self, decisions: Decisions, sizes: Sizes) -> PruneRecord | None:
+    def replayed(self, decisions: Decisions, base: Path, sizes: Sizes) -> PruneRecord | None:
         """The account of decisions that were read."""
         if decisions.pruning is None:
             return None
@@ -107,15 +90,18 @@ class Prune:
             "recover": wanted.recover,
         }
 
-    def decided(self, decisions: Decisions, beside: Path) -> tuple[Decisions, list[Path]]:
-        """The decisions with those of this step, and the file of weights, if there is one."""
-        if self._outcome is None or self._trial is None or self.recipe is None:
-            return decisions, []
-        with beside.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **self.recipe.arrays)
-        found = prune_decision(self._outcome, self._request, self._trial, sha256([beside]))
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What the decisions need beside them."""
+        return {} if self.recipe is None else self.recipe.arrays
+
+    def decided(self, decisions: Decisions) -> Decisions:
+        """The decisions with those of this step."""
+        if self._outcome is None or self._trial is None:
+            return decisions
+        found = prune_decision(self._outcome, self._request, self._trial)
         more = {"pruning": found, "candidate": self._trial.name, "found": self._trial.verdict.text}
-        return decisions.model_copy(update=more), [beside]
+        return decisions.model_copy(update=more)
 
 
 def _request(wanted: PruneWanted, common: Mapping[str, Any]) -> PruneRequest:

@@ -92,9 +92,9 @@ def replayed_pruning(decision: PruningDecision, max_drop: float, sizes: Sizes) -
 
 
 def prune_decision(
-    outcome: PruneOutcome, request: PruneRequest, trial: Trial[StagedRecipe], digest: str
+    outcome: PruneOutcome, request: PruneRequest, trial: Trial[StagedRecipe]
 ) -> PruningDecision:
-    """What the decisions file says; `digest` is of the file of weights."""
+    """What the decisions file says."""
     return PruningDecision(
         candidate=trial.name,
         found=trial.verdict.text,
@@ -102,7 +102,6 @@ def prune_decision(
         recovery=request.recovery,
         importance=_importance(request),
         groups={g.root: g.gone for g in outcome.groups.get(trial.name, []) if g.gone},
-        sha256=digest,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -75,7 +75,9 @@ def with_regions(decisions: Decisions, outcome: Outcome, trial: Trial[Recipe]) -
 
 def has_regions(decisions: Decisions) -> bool:
     """True where int8 was decided on, if only to leave all in floats."""
-    return decisions.pruning is None or any(n.startswith(_WEIGHTS) for n in decisions.options)
+    others = (decisions.pruning, decisions.low_rank, decisions.codebook)
+    is_alone = all(other is None for other in others)
+    return is_alone or any(name.startswith(_WEIGHTS) for name in decisions.options)
 
 
 def recipe_of(decisions: Decisions, path: Path) -> Recipe:
@@ -98,11 +100,13 @@ def recipe_of(decisions: Decisions, path: Path) -> Recipe:
     return Recipe(options, tensors, corrections, Options(**settings))
 
 
-def replayed(recipe: Recipe, lossless: Path, path: Path) -> Model:
-    """The lossless model with the recipe of a file. Raises UsageError where it does not fit."""
+def applied_or_refused(apply: Callable[[Path], Model], base: Path, path: Path | None) -> Model:
+    """The model that a recipe makes. Raises UsageError where that of a file does not fit."""
     try:
-        return recipe.apply(lossless)
+        return apply(base)
     except (LookupError, TypeError, ValueError) as error:  # its numbers come from the file
+        if path is None:
+            raise
         said = f"{error} is missing" if type(error) is KeyError else str(error)
         raise _damage(path, " ".join(said.split())) from error
 

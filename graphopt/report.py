@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field
 
+from graphopt.codebook_report import CodebookRecord
 from graphopt.int8_report import Int8Record
 from graphopt.ir import Model, Weight
+from graphopt.low_rank_report import LowRankRecord
 from graphopt.manager import PassRun
 from graphopt.prune_report import PruneRecord
 from graphopt.record import Record
@@ -187,9 +189,9 @@ class Report(Record):
     prune: PruneRecord | None = Field(
         default=None, description="if asked for; `validation` is then of the step before it"
     )
-    int8: Int8Record | None = Field(
-        default=None, description="if asked for; `validation` is then of the step before it"
-    )
+    low_rank: LowRankRecord | None = Field(default=None, description="likewise; done after it")
+    int8: Int8Record | None = Field(default=None, description="likewise; done after both")
+    codebook: CodebookRecord | None = Field(default=None, description="likewise; done last")
     bench: BenchRecord | None = Field(default=None, description="original against result, if asked")
     seconds: float
 

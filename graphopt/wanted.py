@@ -8,16 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from graphopt.codebook_search import BitsAsked
 from graphopt.compress import MODES, Mode
 from graphopt.errors import UsageError
 from graphopt.judging import Budget
 from graphopt.metric import load_metric
 from graphopt.passes.fitting import RECOVERIES, Recovery
+from graphopt.passes.lowrank.forms import METHODS, Method
+from graphopt.passes.lowrank.options import AUTOMATIC
 from graphopt.passes.prune.importance import UNIT_IMPORTANCES, UnitImportance
 from graphopt.passes.prune.weights import IMPORTANCES, Importance, Pattern, Sparsity
 from graphopt.pruning import AUTO, Share
 
-_ASK: Final = "int8='auto' (--int8 auto), or sparsity, nm, threshold or channels"
+_ASK: Final = (
+    "int8='auto' (--int8 auto), or sparsity, nm, threshold, channels, low-rank or codebook"
+)
+_BITS: Final[tuple[BitsAsked, ...]] = ("auto", 8, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +121,45 @@ def share(name: str, stated: float | str | None) -> Share | None:
     return number
 
 
+@dataclass(frozen=True, kw_only=True)
+class LowRankWanted:
+    """What the user asks of low rank, as it was said: the share of MACs that is kept, and forms."""
+
+    share: float | str | None = None
+    method: str | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """True where layers are to be split."""
+        return self.share is not None
+
+    @property
+    def kept(self) -> Share | None:
+        """The share of MACs that is to be left."""
+        return share("low-rank", self.share)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The forms that layers may take; layers that one cannot be of are left to the SVD."""
+        if self.method in (None, AUTO):
+            return AUTOMATIC
+        return tuple(method for method in METHODS if method in ("svd", self.method))
+
+    def check(self) -> None:
+        """Raise UsageError for what can come to nothing."""
+        if self.kept is None and self.method is not None:
+            raise UsageError(
+                f"low-rank-method {self.method}: how much is to be left? low-rank (--low-rank)"
+            )
+        if self.method is not None and self.method not in (AUTO, *METHODS):
+            raise UsageError(
+                f"low-rank-method {self.method!r}: there are auto, {', '.join(METHODS)}"
+            )
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asks: to search for int8 (`mode`), to prune, or to replay decisions."""
+    """What the user asks: of each lossy step, `mode` of int8, or to replay decisions."""
 
     mode: Mode | None
     budget: Budget = field(default_factory=Budget)
@@ -126,13 +168,36 @@ class Wanted:
     force: bool = False
     threads: int = 0
     prune: PruneWanted = field(default_factory=PruneWanted)
+    low_rank: LowRankWanted = field(default_factory=LowRankWanted)
+    codebook: str | int | None = None
+
+    @property
+    def bits(self) -> BitsAsked | None:
+        """Of the indices of tables of weights."""
+        return next((each for each in _BITS if str(each) == str(self.codebook)), None)
+
+    @property
+    def asks(self) -> bool:
+        """True where any step is asked for."""
+        steps = (self.mode, self.codebook, self.prune.is_wanted, self.low_rank.is_wanted)
+        return any(each not in (None, False) for each in steps)
+
+    def fits(self, data: str | None) -> bool:
+        """True where weights are fitted to the feeds."""
+        is_pruned = self.prune.is_wanted and self.prune.recovery(data) != "none"
+        return is_pruned or (self.low_rank.is_wanted and data is not None)
 
     def check(self, target: str, data: str | None, models: Sequence[Path]) -> None:
         """Raise UsageError, at once, for what can come to nothing."""
         if self.mode is not None and self.mode not in MODES:
             raise UsageError(f"int8 {self.mode!r}: there are {', '.join(map(repr, MODES))}")
-        if self.mode is None and self.replay is None and not self.prune.is_wanted:
+        self.low_rank.check()
+        if self.codebook is not None and self.bits is None:
+            raise UsageError(f"codebook {self.codebook!r}: there are {', '.join(map(str, _BITS))}")
+        if self.replay is None and not self.asks:
             raise UsageError(f"{self._first()}: it is for lossy steps; ask for one: {_ASK}")
+        if self.low_rank.is_wanted and self.prune.wants_zeros:
+            raise UsageError("low-rank: factors of sparse weights are dense; ask for one of both")
         if self.mode is not None and target != "ort-cpu":
             raise UsageError(
                 "int8 is made for onnxruntime's CPU provider: ask for that target as well, "

@@ -36,7 +36,7 @@ _COSTLY: Final = 0.1  # of what is lost: where the force takes more it fades
 _FADED: Final = 1e-12
 _CANCELLING: Final = 100.0  # squares of terms over those of the weights: more is not taken
 _REFINED: Final = 3e10  # operations that sweeps against a Gram matrix may take
-_GAIN: Final = 2e-3  # of what is lost, in one of these sweeps: less is the end
+_GAIN: Final = 5e-3  # of what is lost, in a window of these sweeps: less is the end
 _STEPS: Final = 3  # of conjugate gradients in each
 _TINY: Final = float(np.finfo(np.float64).tiny)
 
@@ -85,6 +85,26 @@ def cp(weights: Array, gram: Array | None, rank: int, *, seed: int = 0) -> Cp:
     return Cp((first, middle, np.ascontiguousarray(last_rows.T)), degeneracy)
 
 
+class _Path:
+    """Where sweeps lead to: Anderson's extrapolation (1965), to begin anew where it goes uphill."""
+
+    def __init__(self) -> None:
+        self.ends: list[Floats] = []
+        self.moves: list[Floats] = []
+
+    def next(self, start: Floats, end: Floats) -> Floats:
+        """Where a sweep would move least, if that were linear between the ends of the last ones."""
+        self.ends = [*self.ends[-_MEMORY:], end]
+        self.moves = [*self.moves[-_MEMORY:], end - start]
+        if len(self.ends) == 1:
+            return end
+        slopes = np.stack([self.moves[-1] - move for move in self.moves[:-1]])
+        matrix = slopes @ slopes.T
+        matrix[np.diag_indices_from(matrix)] *= 1 + 1e-10
+        share = _solved(matrix, (slopes @ self.moves[-1])[:, None], 0.0)[:, 0]
+        return np.asarray(end - share @ np.stack([end - other for other in self.ends[:-1]]))
+
+
 # -- alternating least squares -------------------------------------------------------------------
 
 
@@ -111,30 +131,23 @@ class _Sweeper:
         return _Terms(*_balanced(a, b, c), lost, float(np.trace(all_three)))
 
     def run(self, a: Floats, b: Floats, force: float, sweeps: int) -> _Terms:
-        """Sweeps until they gain no more, each from where the last ones together point to.
-
-        Anderson's extrapolation (1965); where it leads uphill, it begins anew at the best.
-        """
+        """Sweeps until they gain no more, each from where the last ones together point to."""
         best: _Terms | None = None
         values: list[float] = []
         start = _joined(a, b)
-        ends: list[Floats] = []
-        moves: list[Floats] = []
+        path = _Path()
         for _ in range(max(sweeps, 1)):
             found = self.sweep(*_parted(start, a.shape), force)
             value = found.lost + force * found.size
             if best is not None and value > values[-1]:
                 values.append(values[-1])
-                start = _joined(best.a, best.b)
-                ends, moves = [], []
+                start, path = _joined(best.a, best.b), _Path()
                 continue
             best = found
             values.append(value)
             if len(values) > _WINDOW and values[-1 - _WINDOW] - value < _PROGRESS * value:
                 break
-            end = _joined(found.a, found.b)
-            ends, moves = [*ends[-_MEMORY:], end], [*moves[-_MEMORY:], end - start]
-            start = _extrapolated(ends, moves)
+            start = path.next(start, _joined(found.a, found.b))
         assert best is not None
         return best
 
@@ -185,17 +198,6 @@ def _starts(tensor: Floats, rank: int, count: int, seed: int) -> list[tuple[Floa
     return starts
 
 
-def _extrapolated(ends: list[Floats], moves: list[Floats]) -> Floats:
-    """Where a move would be least, if moves were linear between the ends they led to."""
-    if len(moves) == 1:
-        return ends[0]
-    slopes = np.stack([moves[-1] - move for move in moves[:-1]])
-    matrix = slopes @ slopes.T
-    matrix[np.diag_indices_from(matrix)] *= 1 + 1e-10
-    share = _solved(matrix, (slopes @ moves[-1])[:, None], 0.0)[:, 0]
-    return np.asarray(ends[-1] - share @ np.stack([ends[-1] - end for end in ends[:-1]]))
-
-
 def _joined(a: Floats, b: Floats) -> Floats:
     return np.concatenate([a.ravel(), b.ravel()])
 
@@ -243,19 +245,31 @@ def _refined(
     """
     first, middle, last = factors
     budget, cross = _REFINED, read.cross.reshape(len(last), -1)
-    least = np.inf
-    while True:
-        products = _products(first, middle)
+    start = _joined(first, middle)
+    end, path = start, _Path()
+    values: list[float] = []
+    while budget > 0:
+        a, b = _parted(start, first.shape)
+        products = _products(a, b)
         seen = read.times(products.reshape(-1, *read.weights.shape[1:])).reshape(products.shape)
-        inner = products @ seen.T
-        right = products @ cross.T
-        last = _solved(0.5 * (inner + inner.T), right, force).T
-        value = read.energy - float(np.sum(last.T * right))  # with the squares of terms
-        budget -= read.flops * len(first) * (2 * _STEPS + 3)
-        if budget < 0 or not least - value > _GAIN * value:
-            return first, middle, last
-        least = value
-        first, middle = _moved(read, first, middle, last, force)
+        inner, right = products @ seen.T, products @ cross.T
+        found = _solved(0.5 * (inner + inner.T), right, force).T
+        budget -= read.flops * len(first)
+        value = read.energy - float(np.sum(found.T * right))  # with the squares of terms
+        if values and value > values[-1] and start is not end:
+            start, path = end, _Path()
+            continue
+        if values and value > values[-1]:
+            break
+        values.append(value)
+        first, middle, last = a, b, found
+        if len(values) > _WINDOW and values[-1 - _WINDOW] - value < _GAIN * value:
+            break
+        budget -= read.flops * len(first) * 2 * (_STEPS + 1)
+        if budget > 0:
+            end = _joined(*_moved(read, a, b, found, force))
+            start = path.next(start, end)
+    return first, middle, last
 
 
 def _moved(

@@ -28,7 +28,10 @@ def timed(ratio: float) -> Callable[..., PairedTiming]:
 
     def time_paired(models: Sequence[Path | bytes], feed: Any, **_: Any) -> PairedTiming:
         found = [1.0, *(ratio - 0.01 * place for place in range(len(models) - 1))]
-        if Path(str(models[-1])).parent.name != "candidates":  # the original comes last
+        if Path(str(models[-1])).parent.name not in (
+            "candidates",
+            "int8",
+        ):  # the original comes last
             found[-1] = 0.8
         ratios = tuple(Ratio(each, 0.99 * each, 1.01 * each) for each in found)
         times = tuple(Timing(1 / each, 0.9 / each, 1.1 / each) for each in found)

@@ -19,6 +19,7 @@ from graphopt.account import Remarks, Sizes
 from graphopt.codebook import Codebook
 from graphopt.codebook_report import NO_SPEED, CodebookDecision, CodebookRecord
 from graphopt.codebook_search import BitsAsked
+from graphopt.decisions import Decisions
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
@@ -29,6 +30,7 @@ from graphopt.passes.pipelines import pipeline
 from graphopt.passes.prune.sparse import Sparsify
 from graphopt.passes.quantize.codebook import CodebookRecipe, CodebookWeights, table_of
 from graphopt.passes.quantize.weights import make_weight_only
+from graphopt.recorded import blank_decisions
 from graphopt.render.codebook import show_codebook
 from graphopt.runtime import Session
 from tests import graphs
@@ -448,6 +450,18 @@ def searched(
     return step.search(DIGITS / base.name, base, work, sizes, lambda *_: None), step
 
 
+def written(step: Codebook, base: Path, folder: Path) -> Path:
+    """The model with what was decided."""
+    target = folder / "coded.onnx"
+    exporter.save(step.applied(base), target)
+    return target
+
+
+def decisions(**more: Any) -> Decisions:
+    found = blank_decisions("0", "0", {}).model_copy(update=more)
+    return found.model_copy(update={"created": "2026-01-01T00:00:00+00:00"})
+
+
 def accuracy(model: Path) -> float:
     with np.load(DIGITS / "evaluation.npz") as data, Session(model) as session:
         found = session.run({"image": data["image"]})["logits"].argmax(1)
@@ -462,7 +476,7 @@ def test_digits_in_four_bits(name: str, tmp_path: Path) -> None:
     assert [trial.name for trial in record.candidates] == ["4 bits"]
     assert record.weights[0].bits == 4
     assert 15 < (record.weights[0].sqnr_db or 0) < 25
-    coded = step.base(base, tmp_path)
+    coded = written(step, base, tmp_path)
     assert record.bytes == coded.stat().st_size < 0.4 * base.stat().st_size
     assert accuracy(coded) > accuracy(base) - 0.02
     assert NO_SPEED in record.notes
@@ -502,8 +516,8 @@ def test_what_comes_to_nothing(tmp_path: Path) -> None:
     record, step = searched(base, tmp_path, 4)
     assert not record.kept
     assert record.reason == "4 bits take opset 21, not 17; --opset 21 gives it that"
-    assert step.decided() is None
-    assert step.base(base, tmp_path) == base
+    assert step.decided(decisions()) == decisions()
+    assert not step.applied(base).graph.edited
     record, _ = searched(base, tmp_path, 8, min_sqnr=200.0)
     assert not record.kept
     assert record.reason.startswith("no candidate is good enough; the best of them, 8 bits")
@@ -512,7 +526,7 @@ def test_what_comes_to_nothing(tmp_path: Path) -> None:
     assert (record.kept, record.forced) == (True, True)
     assert remarks.warnings == [f"forced: {record.reason}"]
     (tmp_path / "coded").mkdir()
-    coded = step.base(base, tmp_path).rename(tmp_path / "coded" / "mlp.onnx")
+    coded = written(step, base, tmp_path).rename(tmp_path / "coded" / "mlp.onnx")
     again, _ = searched(coded, tmp_path, 8)
     assert not again.kept
     assert again.reason.startswith("no weight of a layer can be a table")
@@ -538,21 +552,20 @@ def test_without_data_four_bits_are_for_those_who_ask(tmp_path: Path) -> None:
 def test_decisions_replay_to_the_same_bytes(tmp_path: Path) -> None:
     base = digits("vit", tmp_path)
     _, step = searched(base, tmp_path, min_sqnr=26.0)
-    decision = step.decided()
-    assert decision is not None
-    text = decision.model_dump_json()
-    written = step.base(base, tmp_path).read_bytes()
-    read = CodebookDecision.model_validate_json(text)
+    text = step.decided(decisions()).to_json()
+    coded = written(step, base, tmp_path).read_bytes()
+    read = Decisions.model_validate_json(text)
+    assert read.codebook is not None
     other = Codebook(None, {}, Remarks())
-    other.read(read, tmp_path / "d.json")
+    other.read(read, {}, tmp_path / "d.json")
     (tmp_path / "replay").mkdir()
     assert other.is_wanted
-    assert other.base(base, tmp_path / "replay").read_bytes() == written
+    assert written(other, base, tmp_path / "replay").read_bytes() == coded
     sizes = Sizes(base.stat().st_size, base.stat().st_size)
     record = other.replayed(read, base, sizes)
     assert record is not None
     assert (record.mode, record.kept, record.bits) == ("replay", True, "4, 8")
-    other.read(None, tmp_path / "d.json")
+    other.read(decisions(), {}, tmp_path / "d.json")
     assert not other.is_wanted
 
 
@@ -564,7 +577,7 @@ def test_decisions_that_do_not_fit(tmp_path: Path) -> None:
     ):
         decision = CodebookDecision(candidate="c", found="f", bits=bits)  # type: ignore[arg-type]
         step = Codebook(None, {}, Remarks())
-        step.read(decision, Path("d.json"))
+        step.read(decisions(codebook=decision), {}, Path("d.json"))
         with pytest.raises(UsageError, match=message):
             step.applied(base)
 

@@ -353,7 +353,7 @@ def test_options_that_need_int8(options: dict[str, Any], name: str) -> None:
         graphopt.optimize(MLP, target="ort-cpu", **options)
     assert str(caught.value) == (
         f"{name}: it is for lossy steps; ask for one: int8='auto' (--int8 auto), or sparsity, nm, "
-        "threshold or channels"
+        "threshold, channels, low-rank or codebook"
     )
 
 

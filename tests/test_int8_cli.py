@@ -132,7 +132,7 @@ def test_a_refusal_as_json_keeps_stdout_empty(
         (
             ["--force"],
             "force: it is for lossy steps; ask for one: int8='auto' (--int8 auto), or "
-            "sparsity, nm, threshold or channels",
+            "sparsity, nm, threshold, channels, low-rank or codebook",
         ),
         (["--int8", "auto", "--target", "portable"], "int8 is made for onnxruntime's CPU provider"),
         (["--int8", "auto", "--max-drop", "-1"], "max-drop -1.0: it is 0 or more"),

@@ -28,7 +28,7 @@ def effective(form: str, factors: Sequence[Array]) -> Array:
         first, middle, last = factors
         taps = middle.reshape(*middle.shape[: 1 + (form == TUCKER)], -1)
         factors = [first, taps, last]
-    made = np.einsum(form, *factors)
+    made = np.asarray(np.einsum(form, *factors))
     return made.reshape(len(made), -1)
 
 
@@ -56,7 +56,7 @@ def planted(shape: Sequence[int], rank: int, noise: float, seed: int = 0) -> Arr
     factors = [rng.standard_normal((n, rank)) for n in (m, c, h * w)]
     terms = np.einsum("mr,cr,tr->mct", *factors).reshape(m, c, h, w)
     other = rng.standard_normal(terms.shape)
-    return terms + noise * np.linalg.norm(terms) / np.linalg.norm(other) * other
+    return np.asarray(terms + noise * np.linalg.norm(terms) / np.linalg.norm(other) * other)
 
 
 def patches(channels: int, rows: int = 400, seed: int = 1) -> Array:
@@ -65,7 +65,7 @@ def patches(channels: int, rows: int = 400, seed: int = 1) -> Array:
     noise = rng.standard_normal((rows, channels, 5, 5))
     smooth = sum(noise[:, :, i : i + 3, j : j + 3] for i in range(3) for j in range(3))
     mixing = rng.standard_normal((channels, channels)) * np.logspace(0, -1, channels)
-    return np.einsum("ncij,cd->ndij", smooth, mixing).reshape(rows, -1)
+    return np.asarray(np.einsum("ncij,cd->ndij", smooth, mixing)).reshape(rows, -1)
 
 
 def of_model(name: str) -> Array:
@@ -115,6 +115,35 @@ def test_no_other_last_factor_loses_less(form: str) -> None:
     # the terms of a sum are held by a small force, which costs a trace
     slack = 1e-4 if form == "cp" else 1e-9
     assert error(w, found @ inner, ridge) <= error(w, best @ inner, ridge) * (1 + slack)
+
+
+@pytest.mark.parametrize(("form", "left"), [("spatial", 3e-3), ("tucker", 5e-4), ("cp", 9e-3)])
+def test_brute_force_gains_little(form: str, left: float) -> None:
+    """Least squares for each factor in turn, five times, from what was found.
+
+    Without steps against the Gram matrix they gain 1.2 %, 0.1 % and 1.8 %.
+    """
+    w, x = kernel(8, 6, seed=2), patches(6, seed=7)
+    gram = x.T @ x
+    gram += reading.RIDGE * np.mean(np.diag(gram)) * np.eye(len(gram))
+    root = np.linalg.cholesky(gram)
+    name, factors = {
+        "spatial": lambda: (SPATIAL, spatial(w, x.T @ x, 4)),
+        "tucker": lambda: (TUCKER, tucker(w, x.T @ x, (4, 3))),
+        "cp": lambda: (CP, list(cp(w, x.T @ x, 6).factors)),
+    }[form]()
+    found = error(w, effective(name, factors), gram)
+    target = (w.reshape(len(w), -1) @ root).ravel()
+    for index in [0, 1, 2][: len(factors)] * 5:
+        shape = factors[index].shape
+        columns = []
+        for unit in np.eye(factors[index].size):
+            factors[index] = unit.reshape(shape)
+            columns.append((effective(name, factors) @ root).ravel())
+        solved = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)[0]
+        factors[index] = solved.reshape(shape)
+    best = error(w, effective(name, factors), gram)
+    assert best <= found <= best / (1 - left)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -300,6 +329,7 @@ def test_steps_towards_a_better_first_factor_find_the_best() -> None:
     w, core = rng.standard_normal((10, 6, 9)), rng.standard_normal((10, 4, 9))
     read = reading.reading(w, x.T @ x, ridge=0.01)
     found = read.moved(rng.standard_normal((4, 6)), core, None, 200)
+    assert read.gram is not None
     root = np.linalg.cholesky(read.gram)
     columns = [
         (np.einsum("mqt,qc->mct", core, unit.reshape(4, 6)).reshape(10, -1) @ root).ravel()

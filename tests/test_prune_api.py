@@ -242,7 +242,7 @@ def by_step(prune: float, int8: float) -> Callable[..., Any]:
     """Timing that differs between the steps."""
 
     def time_paired(models: Sequence[Path | bytes], feed: Any, **options: Any) -> Any:
-        is_prune = Path(str(models[1])).parent.name == "pruned"
+        is_prune = Path(str(models[1])).parent.name == "prune"
         return timed(prune if is_prune else int8)(models, feed, **options)
 
     return time_paired
@@ -519,7 +519,7 @@ def test_what_the_file_says(tmp_path: Path) -> None:
     assert record is not None
     found = load_decisions(tmp_path / "d.json")
     assert found.pruning is not None
-    assert found.pruning.sha256 == sha256([tmp_path / "d.json.npz"])
+    assert found.weights == sha256([tmp_path / "d.json.npz"])
     assert found.candidate == found.pruning.candidate == record.candidate
     assert found.pruning.groups == {g.root: g.gone for g in record.groups if g.gone}
     asked = {"channels": 0.3, "sparsity": 0.5, "nm": None, "data": DATA, "force": False}
@@ -546,7 +546,7 @@ def rewritten(folder: Path, **arrays: Any) -> None:
     """Other weights, of which the decisions say that they belong to them."""
     np.savez(folder / "d.json.npz", **arrays)
     content = json.loads((folder / "d.json").read_text())
-    content["pruning"]["sha256"] = sha256([folder / "d.json.npz"])
+    content["weights"] = sha256([folder / "d.json.npz"])
     (folder / "d.json").write_text(json.dumps(content))
 
 
@@ -566,12 +566,12 @@ def test_weights_that_are_missing_or_others(tmp_path: Path) -> None:
 
 ONES = np.ones(3, np.float32)
 OTHERS: list[tuple[dict[str, Any], str]] = [
-    ({"0/weights/nowhere": ONES}, "cannot be replayed: there are no weights 'nowhere'"),
-    ({"0/biases/nowhere": ONES}, "cannot be replayed: there is no layer 'nowhere'"),
-    ({"0/cut/nowhere": [1]}, "cannot be replayed: there is no group 'nowhere'"),
-    ({"0/other/x": ONES}, "the weights d.json.npz: '0/other/x' is no part of a recipe"),
-    ({"1/weights/x": ONES}, "the weights d.json.npz: there are stages [1]"),
-    ({"x": ONES}, "the weights d.json.npz: "),
+    ({"prune/0/weights/nowhere": ONES}, "cannot be replayed: there are no weights 'nowhere'"),
+    ({"prune/0/biases/nowhere": ONES}, "cannot be replayed: there is no layer 'nowhere'"),
+    ({"prune/0/cut/nowhere": [1]}, "cannot be replayed: there is no group 'nowhere'"),
+    ({"prune/0/other/x": ONES}, "the weights d.json.npz: 'other/x' is no part of a recipe"),
+    ({"prune/1/weights/x": ONES}, "the weights d.json.npz: there are stages [1]"),
+    ({"prune/x": ONES}, "the weights d.json.npz: "),
 ]
 
 
@@ -586,7 +586,7 @@ def test_no_file_of_arrays_at_all(tmp_path: Path) -> None:
     record_quickly(tmp_path)
     (tmp_path / "d.json.npz").write_bytes(b"nothing")
     content = json.loads((tmp_path / "d.json").read_text())
-    content["pruning"]["sha256"] = sha256([tmp_path / "d.json.npz"])
+    content["weights"] = sha256([tmp_path / "d.json.npz"])
     (tmp_path / "d.json").write_text(json.dumps(content))
     assert said(tmp_path).startswith("the weights d.json.npz: ")
 
@@ -633,7 +633,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         (
             option,
             f"{next(iter(option))}: it is for lossy steps; ask for one: int8='auto' (--int8 auto),"
-            " or sparsity, nm, threshold or channels",
+            " or sparsity, nm, threshold, channels, low-rank or codebook",
         )
         for option in ({"importance": "lamp"}, {"recover": "lsq"}, {"block": "4x1"})
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +12,7 @@ from rich.text import Text
 from graphopt.render import lossy, text
 
 if TYPE_CHECKING:
-    from graphopt.codebook_report import CodebookRecord, CodebookTrial, CodedWeight
+    from graphopt.codebook_report import CodebookRecord, CodedWeight
 
 _ROWS: Final = 12  # of weights; the whole account is in the report
 _FLOAT: Final = 32
@@ -26,22 +26,19 @@ def show_codebook(
         console.print(_weights(found.weights, every=every_candidate))
         console.print()
     if len(found.candidates) > 1 and (every_candidate or not found.kept):
-        console.print(_candidates(found.candidates))
+        console.print(lossy.candidates(found.candidates))
         console.print()
     console.print(text.facts(_facts(found)))
 
 
 def _facts(found: CodebookRecord) -> list[tuple[str, Text | str]]:
-    step: Any = found  # it has the fields that these lines read
-    lines: list[tuple[str, Text | str]] = [("codebook", lossy.kept(step))]
+    lines: list[tuple[str, Text | str]] = [("codebook", lossy.kept(found))]
     if found.found:
-        lines.append(("compared", lossy.compared(step)))
+        lines.append(("compared", lossy.compared(found)))
     if found.bytes is not None:
-        change = text.change(found.bytes_base, found.bytes)
-        sizes = f"{text.size(found.bytes_base)} -> {text.size(found.bytes)}"
-        lines.append(("size", f"{sizes} ({change}) against the model before"))
+        lines.append(("size", lossy.size(found, found.bytes_base, "model before")))
     if found.decisions is not None:
-        lines.append(("decisions", lossy.decided(step)))
+        lines.append(("decisions", lossy.decided(found)))
     return lines + [("note", text.clean(note)) for note in found.notes]
 
 
@@ -64,13 +61,4 @@ def _weights(weights: Sequence[CodedWeight], *, every: bool) -> Table:
         before, after = sum(x.bytes_before for x in rest), sum(x.bytes_after for x in rest)
         name = Text(f"{len(rest)} more", style="dim")
         table.add_row(name, "", text.size(before), text.size(after), "")
-    return table
-
-
-def _candidates(candidates: Sequence[CodebookTrial]) -> Table:
-    table = text.table("candidate", "compared", "good", "size", left=2)
-    for candidate in candidates:
-        mark = Text("yes", style="green") if candidate.good else Text("no", style="red")
-        name, said = text.clean(candidate.name), text.clean(candidate.found)
-        table.add_row(name, said, mark, text.size(candidate.bytes))
     return table

@@ -12,7 +12,7 @@ from rich.text import Text
 from graphopt.render import lossy, text
 
 if TYPE_CHECKING:
-    from graphopt.prune_report import PrunedGroup, PrunedLayer, PruneRecord, PruneTrial
+    from graphopt.prune_report import PrunedGroup, PrunedLayer, PruneRecord
 
 _ROWS: Final = 12  # of layers; the whole account is in the report
 _GROUPS: Final = 4
@@ -25,7 +25,7 @@ def show_prune(found: PruneRecord, console: Console, *, every_candidate: bool = 
         console.print(_layers(found, layers, every=every_candidate))
         console.print()
     if len(found.candidates) > 1 and (every_candidate or not found.kept):
-        console.print(_candidates(found.candidates))
+        console.print(lossy.candidates(found.candidates))
         console.print()
     console.print(text.facts(_facts(found)))
 
@@ -39,9 +39,7 @@ def _facts(found: PruneRecord) -> list[tuple[str, Text | str]]:
     if len(cut) > _GROUPS:
         lines.append(("channels", f"and of {text.plural(len(cut) - _GROUPS, 'group')} more"))
     if found.bytes is not None:
-        change = text.change(found.bytes_lossless, found.bytes)
-        sizes = f"{text.size(found.bytes_lossless)} -> {text.size(found.bytes)}"
-        lines.append(("size", f"{sizes} ({change}) against the lossless model"))
+        lines.append(("size", lossy.size(found, found.bytes_lossless, "lossless model")))
     if found.to_lossless is not None:
         gone = "" if found.macs_gone is None else f"; {found.macs_gone:.0%} of MACs are gone"
         lines.append(("speed", lossy.speed(found, gone)))
@@ -98,12 +96,3 @@ def _gain(found: PruneRecord, layers: Sequence[PrunedLayer]) -> tuple[str, str]:
         text.milliseconds(sum(each)) if len(each) == len(layers) else "" for each in known
     )
     return first, second
-
-
-def _candidates(candidates: Sequence[PruneTrial]) -> Table:
-    table = text.table("candidate", "compared", "good", "size", left=2)
-    for candidate in candidates:
-        mark = Text("yes", style="green") if candidate.good else Text("no", style="red")
-        name, found = text.clean(candidate.name), text.clean(candidate.found)
-        table.add_row(name, found, mark, text.size(candidate.bytes))
-    return table

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.render import text
+from graphopt.render.codebook import show_codebook
 from graphopt.render.int8 import show_int8
 from graphopt.render.listings import speed_line
+from graphopt.render.low_rank import show_low_rank
 from graphopt.render.prune import show_prune
 from graphopt.report import Report, ValidationRecord
 
@@ -31,16 +33,13 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
     console.print(title.append(f"   {_settings(report)}", style="dim"), soft_wrap=True)
     console.print(text.indented(_sizes(report)))
     console.print()
-    is_lossy = report.int8 is not None or report.prune is not None
+    is_lossy = _is_lossy(report)
     if not is_lossy or every_pass:  # else what was lost has the screen
         tables = [table for table in (_removed(report), _rules(report)) if table]
         text.show_beside(tables, console)
     if every_pass and report.passes:
         text.show_beside([_passes(report)], console)
-    if report.prune is not None:
-        show_prune(report.prune, console, every_candidate=every_pass)
-    if report.int8 is not None:
-        show_int8(report.int8, console, every_candidate=every_pass)
+    _show_steps(report, console, every_candidate=every_pass)
     lines = proof_lines(report.validation)
     if is_lossy:  # what was proved is the step before it
         lines[0] = ("lossless", lines[0][1])
@@ -58,14 +57,28 @@ def show_report(report: Report, console: Console, *, every_pass: bool = False) -
 
 def show_refusal(report: Report, console: Console) -> None:
     """What the comparison found, and what was tried to mend it."""
-    if report.prune is not None:
-        show_prune(report.prune, console)
-    if report.int8 is not None:
-        show_int8(report.int8, console)
-    if report.prune is None and report.int8 is None:
+    _show_steps(report, console)
+    if not _is_lossy(report):
         show_validation(report.validation, console)
     if report.warnings:
         console.print(text.facts(_warnings(report)))
+
+
+def _is_lossy(report: Report) -> bool:
+    steps = (report.prune, report.low_rank, report.int8, report.codebook)
+    return any(step is not None for step in steps)
+
+
+def _show_steps(report: Report, console: Console, *, every_candidate: bool = False) -> None:
+    """What became of each lossy step, in order."""
+    if report.prune is not None:
+        show_prune(report.prune, console, every_candidate=every_candidate)
+    if report.low_rank is not None:
+        show_low_rank(report.low_rank, console, every_candidate=every_candidate)
+    if report.int8 is not None:
+        show_int8(report.int8, console, every_candidate=every_candidate)
+    if report.codebook is not None:
+        show_codebook(report.codebook, console, every_candidate=every_candidate)
 
 
 def _warnings(report: Report) -> list[tuple[str, Text | str]]:

@@ -54,6 +54,17 @@ class Split:
         """Numbers that it holds."""
         return sum(factor.size for factor in self.factors)
 
+    @property
+    def degeneracy(self) -> float | None:
+        """Squares of all terms over those of their sum, large where they cancel; of CP only."""
+        if self.method != "cp":
+            return None
+        first, middle, last = (np.asarray(f, np.float64) for f in self.factors)
+        sizes = [np.square(first).sum(1), np.square(middle.reshape(len(middle), -1)).sum(1)]
+        terms = float(np.sum(sizes[0] * sizes[1] * np.square(last).sum(0)))
+        whole = float(np.square(self.effective).sum())
+        return terms / whole if whole else 0.0
+
 
 @dataclass(frozen=True)
 class Extent:
