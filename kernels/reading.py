@@ -30,7 +30,7 @@ class Reading:
     """Weights W [M, A, B] and what they read; `reading` builds it."""
 
     weights: Floats
-    gram: Floats | None  # G [AB, AB]; None: the identity
+    gram: Floats | None  # G [AB, AB], its diagonal near one; None: the identity
     cross: Floats  # W G [M, A, B]
     inputs: Floats  # [A, A]: the mean over B of G
     taps: Floats  # [B, B]: the mean over A, where that of the diagonal of both is one
@@ -99,7 +99,7 @@ class Reading:
 
 
 def reading(weights: Array, gram: Array | None, ridge: float = RIDGE) -> Reading:
-    """Of weights [M, A, B]; to the diagonal of `gram` [AB, AB] `ridge` times its mean is added.
+    """Of weights [M, A, B]; `gram` [AB, AB] is scaled to a diagonal of mean one, plus `ridge`.
 
     A Gram matrix of zeros says nothing, and counts as none.
     """
@@ -108,12 +108,12 @@ def reading(weights: Array, gram: Array | None, ridge: float = RIDGE) -> Reading
     mean = 0.0 if gram is None else float(np.mean(np.diag(gram)))
     if gram is None or mean <= 0:
         return Reading(w, None, w, np.eye(inputs), np.eye(taps), float(np.sum(w * w)))
-    g = np.array(gram, np.float64)
-    g[np.diag_indices_from(g)] += ridge * mean
+    g = np.asarray(gram, np.float64) / mean
+    g[np.diag_indices_from(g)] += ridge
     cross = (w.reshape(len(w), -1) @ g).reshape(w.shape)
     blocks = g.reshape(inputs, taps, inputs, taps)
     by_input = np.einsum("atbt->ab", blocks) / taps
-    by_tap = np.einsum("atau->tu", blocks) / (inputs * mean * (1 + ridge))
+    by_tap = np.einsum("atau->tu", blocks) / (inputs * (1 + ridge))
     return Reading(w, g, cross, by_input, by_tap, max(float(np.sum(cross * w)), 0.0))
 
 

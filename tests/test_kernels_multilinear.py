@@ -127,14 +127,15 @@ def test_brute_force_gains_little(form: str, left: float) -> None:
     gram = x.T @ x
     gram += reading.RIDGE * np.mean(np.diag(gram)) * np.eye(len(gram))
     root = np.linalg.cholesky(gram)
-    name, factors = {
-        "spatial": lambda: (SPATIAL, spatial(w, x.T @ x, 4)),
-        "tucker": lambda: (TUCKER, tucker(w, x.T @ x, (4, 3))),
-        "cp": lambda: (CP, list(cp(w, x.T @ x, 6).factors)),
-    }[form]()
+    if form == "spatial":
+        name, factors = SPATIAL, spatial(w, x.T @ x, 4)
+    elif form == "tucker":
+        name, factors = TUCKER, tucker(w, x.T @ x, (4, 3))
+    else:
+        name, factors = CP, list(cp(w, x.T @ x, 6).factors)
     found = error(w, effective(name, factors), gram)
     target = (w.reshape(len(w), -1) @ root).ravel()
-    for index in [0, 1, 2][: len(factors)] * 5:
+    for index in [*range(len(factors))] * 5:
         shape = factors[index].shape
         columns = []
         for unit in np.eye(factors[index].size):
@@ -168,8 +169,9 @@ def test_zeros_stay_zeros_and_scale_is_kept(form: str) -> None:
     assert not made(0 * w, None).any()
     assert not made(0 * w, x.T @ x).any()
     base = made(w, x.T @ x)
-    np.testing.assert_allclose(made(1e-20 * w, x.T @ x), 1e-20 * base, rtol=1e-4, atol=1e-24)
-    np.testing.assert_allclose(made(w, 1e9 * x.T @ x), base, rtol=1e-4, atol=1e-4)
+    for scale in (2.0**-60, 2.0**40):  # powers of two: nothing is rounded otherwise
+        np.testing.assert_allclose(made(scale * w, x.T @ x), scale * base, rtol=1e-9)
+        np.testing.assert_allclose(made(w, scale**2 * (x.T @ x)), base, rtol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
