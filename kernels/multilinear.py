@@ -4,7 +4,8 @@ Each is weighed by `gram` [K, K] = X^T X of the patches X that the convolution r
 columns, channel by channel), or by nothing where that is None. They begin with the singular vectors
 of the kernel, as if channels and taps were correlated each by themselves; then what comes after the
 first factor is solved exactly, and the first one improved, in turn, against the Gram matrix itself.
-No sweep makes the weighed error larger. Ranks beyond those that lose nothing are cut to these.
+No sweep makes the weighed error larger; `work` bounds them all, in floating-point operations.
+Ranks beyond those that lose nothing are cut to these.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Floats = NDArray[np.float64]
 SPATIAL: Final = "rci,mrj->mcij"
 TUCKER: Final = "qc,pqt,mp->mct"
 
-_FLOPS: Final = 4e10  # that improving one kernel, and orthogonal iteration, may take
+WORK: Final = 4e10  # flops that improving one kernel, and orthogonal iteration, may take
 _STEPS: Final = 4  # of conjugate gradients in each
 _PROGRESS: Final = 2e-3  # of what is lost: less is the end
 _TURNS: Final = 60  # of orthogonal iteration
@@ -36,7 +37,7 @@ _STARTS: Final = 2
 _LARGE: Final = 1 << 17  # weights: so many and more get one start
 
 
-def spatial(weights: Array, gram: Array | None, rank: int) -> list[Floats]:
+def spatial(weights: Array, gram: Array | None, rank: int, *, work: float = WORK) -> list[Floats]:
     """A column, then a row: [r, C, h] and [M, r, w] near weights [M, C, h, w].
 
     After Jaderberg et al. (2014); weighed by `gram` [K, K] of the patches that are read, K = C h w.
@@ -47,12 +48,14 @@ def spatial(weights: Array, gram: Array | None, rank: int) -> list[Floats]:
     rank = min(rank, channels * height, outputs * width)
     white, back, _ = read.white()
     unfolded = white.transpose(1, 0, 2).reshape(channels * height, -1)
-    first, last, _ = _improved(read, leading(unfolded, rank).T @ back, outputs)
+    first, last, _ = _improved(read, leading(unfolded, rank).T @ back, outputs, work)
     first, last = _even(first, last)
     return [first.reshape(rank, channels, height), last]
 
 
-def tucker(weights: Array, gram: Array | None, ranks: tuple[int, int]) -> list[Floats]:
+def tucker(
+    weights: Array, gram: Array | None, ranks: tuple[int, int], *, work: float = WORK
+) -> list[Floats]:
     """[q, C], [p, q, *kernel] and [M, p] near weights [M, C, *kernel], for ranks (p, q).
 
     Kim et al. (2016); begun by higher-order orthogonal iteration (De Lathauwer et al., 2000).
@@ -64,7 +67,8 @@ def tucker(weights: Array, gram: Array | None, ranks: tuple[int, int]) -> list[F
     p = min(ranks[0], outputs, q * taps)
     q = min(q, p * taps)
     white, back, _ = read.white()
-    first, core, last = _improved(read, _orthogonal_iteration(white, p, q).T @ back, p)
+    begun = _orthogonal_iteration(white, p, q, work)
+    first, core, last = _improved(read, begun.T @ back, p, work)
     first, core = _even(first, core)
     return [first, core.reshape(p, q, *w.shape[2:]), last]
 
@@ -72,13 +76,13 @@ def tucker(weights: Array, gram: Array | None, ranks: tuple[int, int]) -> list[F
 # -- a first factor and all that comes after ---------------------------------------------------
 
 
-def _improved(read: Reading, first: Floats, p: int) -> tuple[Floats, Floats, Floats]:
+def _improved(read: Reading, first: Floats, p: int, work: float) -> tuple[Floats, Floats, Floats]:
     """F [q, A], a core [p, q, B] and [M, p], which is the identity where p is M."""
     core, last, lost = _rest(read, first, p)
     if read.gram is None:
         return first, core, last  # it began with the optimum
     rows = min(p, core[0].size)
-    budget = _FLOPS
+    budget = work
     while budget > 0:
         steps = max(min(int(budget / (read.flops * rows)) - 1, _STEPS), 1)
         budget -= read.flops * (len(first) + (steps + 1) * rows)
@@ -114,7 +118,7 @@ def _even(first: Floats, core: Floats) -> tuple[Floats, Floats]:
     return first * scale[:, None], core / scale[:, None]
 
 
-def _orthogonal_iteration(tensor: Floats, p: int, q: int) -> Floats:
+def _orthogonal_iteration(tensor: Floats, p: int, q: int, work: float) -> Floats:
     """V [A, q] that, with the best U [M, p], keeps most of a tensor [M, A, B].
 
     From the singular vectors and, of small tensors, from random ones as well.
@@ -127,7 +131,7 @@ def _orthogonal_iteration(tensor: Floats, p: int, q: int) -> Floats:
         for _ in range(_STARTS if tensor.size < _LARGE else 0)
     ]
     flops = 4.0 * tensor.size * (p + q) + 20.0 * (outputs**3 + inputs**3)
-    turns = max(min(int(_FLOPS / flops), _TURNS), 2)
+    turns = max(min(int(work / flops), _TURNS), 2)
     whole = float(np.sum(np.square(tensor)))
     best, most = starts[0], -1.0
     for v in starts:

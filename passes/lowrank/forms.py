@@ -29,6 +29,7 @@ from graphopt.passes.linear import Layer
 Array = NDArray[Any]
 Method = Literal["svd", "channel", "spatial", "tucker", "cp"]
 RIDGE: Final = 1e-3  # of the mean square of what a layer reads, so that no direction is free
+_ROUGH: Final = 3e9  # floating-point operations: more lower few errors of a table
 _STEPS: Final = ((64, 16), (32, 8), (16, 2))  # ranks go by: for so many channels and more
 
 
@@ -110,8 +111,13 @@ class Form(ABC):
         return sum(math.prod(shape) for shape in self.shapes(layer, rank))
 
     @abstractmethod
-    def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
-        """Factors of weights [M, C, *kernel] that lose least of what the Gram matrix weighs."""
+    def factors(
+        self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
+    ) -> tuple[Array, ...]:
+        """Factors of weights [M, C, *kernel] that lose least of what the Gram matrix weighs.
+
+        In about so many floating-point operations, where they have to be searched for.
+        """
 
     @abstractmethod
     def composed(self, factors: Sequence[Array]) -> Array:
@@ -132,7 +138,7 @@ class Form(ABC):
         found = {}
         flat = weights.reshape(len(weights), -1)
         for rank in ranks:
-            near = self.composed(self.factors(weights, gram, rank))
+            near = self.composed(self.factors(weights, gram, rank, _ROUGH))
             found[rank] = lowrank.weighted_error(flat, near, gram)
         return found
 
@@ -149,7 +155,9 @@ class _Pair(Form):
     def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
         return [(rank, _channels(layer), *_kernel(layer)), (layer.shape[0], rank)]
 
-    def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
+    def factors(
+        self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
+    ) -> tuple[Array, ...]:
         flat = weights.reshape(len(weights), -1)
         left, right = lowrank.spectrum(flat, gram, RIDGE).factors(rank)
         return right.reshape(rank, *weights.shape[1:]), left
@@ -204,8 +212,10 @@ class Spatial(Form):
         height, width = _kernel(layer)
         return [(rank, _channels(layer), height), (layer.shape[0], rank, width)]
 
-    def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
-        return tuple(multilinear.spatial(weights, gram, rank))
+    def factors(
+        self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
+    ) -> tuple[Array, ...]:
+        return tuple(multilinear.spatial(weights, gram, rank, work=work))
 
     def composed(self, factors: Sequence[Array]) -> Array:
         first, last = factors
@@ -237,9 +247,11 @@ class Tucker(Form):
         p, q = self._pair(layer.shape[0], _channels(layer), rank)
         return [(q, _channels(layer)), (p, q, *_kernel(layer)), (layer.shape[0], p)]
 
-    def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
+    def factors(
+        self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
+    ) -> tuple[Array, ...]:
         pair = self._pair(weights.shape[0], weights.shape[1], rank)
-        return tuple(multilinear.tucker(weights, gram, pair))
+        return tuple(multilinear.tucker(weights, gram, pair, work=work))
 
     def composed(self, factors: Sequence[Array]) -> Array:
         first, core, last = factors
@@ -274,7 +286,9 @@ class Cp(Form):
     def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
         return [(rank, _channels(layer)), (rank, *_kernel(layer)), (layer.shape[0], rank)]
 
-    def factors(self, weights: Array, gram: Array | None, rank: int) -> tuple[Array, ...]:
+    def factors(
+        self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
+    ) -> tuple[Array, ...]:
         return tuple(multilinear.cp(weights, gram, rank).factors)
 
     def composed(self, factors: Sequence[Array]) -> Array:
