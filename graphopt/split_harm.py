@@ -22,7 +22,7 @@ from graphopt.quality import compare
 from graphopt.runtime import Feed, Session, limits
 
 _SECONDS: Final = 15.0  # for all layers: of large models fewer feeds are run
-_TRUST: Final = 0.75  # few feeds tell a layer's harm roughly: a power below 1 draws all together
+_TRUST: Final = 0.5  # few feeds tell a layer's harm roughly: a power below 1 draws all together
 _LEAST: Final = 1e-3  # of the largest: what does no harm on these feeds may on others
 
 
