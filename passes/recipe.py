@@ -76,11 +76,15 @@ class Stage:
                 raise LookupError(f"there are no weights {name!r}")
             if value.weight.shape != array.shape:
                 raise ValueError(f"{name!r} has the shape {value.weight.shape}, not {array.shape}")
+            if onnx.helper.np_dtype_to_tensor_dtype(array.dtype) != value.weight.data_type:
+                raise ValueError(f"{name!r} holds no {array.dtype}")
             edit.set_weight(value, onnx.numpy_helper.from_array(array, name))
         layers = {layer.root: layer for layer in linear_layers(edit)} if self.biases else {}
         for root, bias in self.biases.items():
             if root not in layers:
                 raise LookupError(f"there is no layer {root!r}")
+            if bias.dtype != np.float32 or bias.shape != layers[root].shape[:1]:
+                raise ValueError(f"{root!r} takes no bias of {bias.dtype} {bias.shape}")
             add_bias(edit, layers[root], bias)
         self._split(edit)
         if self.cut:
@@ -119,8 +123,7 @@ class Stage:
             if method in FORMS and number.isdecimal():
                 factors.setdefault((name, method), {})[int(number)] = array
             elif kind in found:
-                units = tuple(int(unit) for unit in array) if kind == "cut" else array
-                found[kind][name] = units
+                found[kind][name] = _units(name, array) if kind == "cut" else array
             else:
                 raise ValueError(f"{key!r} is no part of a recipe")
         splits = {}
@@ -128,8 +131,16 @@ class Stage:
             form = next(each for each in METHODS if each == method)
             if sorted(parts) != list(range(FORMS[form].parts)):
                 raise ValueError(f"{name!r} has the factors {sorted(parts)} of {method}")
+            if name in splits:
+                raise ValueError(f"{name!r} is split in two ways")
             splits[name] = Split(form, tuple(parts[number] for number in sorted(parts)))
         return cls(splits=splits, **found)
+
+
+def _units(name: str, array: Array) -> tuple[int, ...]:
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name!r} is cut by {array.dtype} of {array.ndim} axes")
+    return tuple(int(unit) for unit in array)
 
 
 def _differ(old: Any, new: Any) -> bool:

@@ -102,9 +102,17 @@ class Form(ABC):
     def macs(self, layer: Layer, extent: Extent, rank: int) -> int:
         """Multiply-accumulates at a rank."""
 
-    @abstractmethod
+    def between(self, layer: Layer, rank: int) -> tuple[int, ...]:
+        """Channels between the parts at a rank."""
+        return (rank,) * (self.parts - 1)
+
     def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
         """Of the factors at a rank."""
+        return self.shaped(layer, self.between(layer, rank))
+
+    @abstractmethod
+    def shaped(self, layer: Layer, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of the factors with so many channels between the parts."""
 
     def size(self, layer: Layer, rank: int) -> int:
         """Weights at a rank."""
@@ -152,7 +160,8 @@ class _Pair(Form):
     def macs(self, layer: Layer, extent: Extent, rank: int) -> int:
         return extent.rows * self.size(layer, rank)
 
-    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
+    def shaped(self, layer: Layer, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        (rank,) = ranks
         return [(rank, _channels(layer), *_kernel(layer)), (layer.shape[0], rank)]
 
     def factors(
@@ -168,7 +177,15 @@ class _Pair(Form):
 
     def errors(self, weights: Array, gram: Array | None, ranks: Sequence[int]) -> dict[int, float]:
         found = lowrank.spectrum(weights.reshape(len(weights), -1), gram, RIDGE)
-        return {rank: found.error(rank) for rank in ranks}
+        left, right = found.factors(len(found.values))
+        added = 0.0 if gram is None else RIDGE * float(np.mean(np.diag(gram)))
+        ridge = added * np.square(left).sum(0) * np.square(right).sum(1)  # as left is orthogonal
+        seen = np.maximum(found.values - ridge, 0.0)
+        tails = np.append(np.cumsum(seen[::-1])[::-1], 0.0)
+        whole = float(tails[0])
+        return {
+            rank: float(tails[min(rank, len(seen))]) / whole if whole > 0 else 0.0 for rank in ranks
+        }
 
 
 class Svd(_Pair):
@@ -208,8 +225,8 @@ class Spatial(Form):
         first = between * rank * _channels(layer) * height
         return extent.batch * (first + math.prod(extent.given) * layer.shape[0] * rank * width)
 
-    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
-        height, width = _kernel(layer)
+    def shaped(self, layer: Layer, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        (rank,), (height, width) = ranks, _kernel(layer)
         return [(rank, _channels(layer), height), (layer.shape[0], rank, width)]
 
     def factors(
@@ -238,19 +255,24 @@ class Tucker(Form):
         return min(layer.shape[0], _channels(layer))
 
     def macs(self, layer: Layer, extent: Extent, rank: int) -> int:
-        p, q = self._pair(layer.shape[0], _channels(layer), rank)
+        q, p = self.between(layer, rank)
         first = math.prod(extent.read) * q * _channels(layer)
         rest = math.prod(extent.given) * (p * q * layer.taps + p * layer.shape[0])
         return extent.batch * (first + rest)
 
-    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
-        p, q = self._pair(layer.shape[0], _channels(layer), rank)
+    def between(self, layer: Layer, rank: int) -> tuple[int, ...]:
+        p, q = self._pair(layer.shape[0], _channels(layer), layer.taps, rank)
+        return q, p
+
+    def shaped(self, layer: Layer, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        q, p = ranks
         return [(q, _channels(layer)), (p, q, *_kernel(layer)), (layer.shape[0], p)]
 
     def factors(
         self, weights: Array, gram: Array | None, rank: int, work: float = multilinear.WORK
     ) -> tuple[Array, ...]:
-        pair = self._pair(weights.shape[0], weights.shape[1], rank)
+        taps = math.prod(weights.shape[2:])
+        pair = self._pair(len(weights), weights.shape[1], taps, rank)
         return tuple(multilinear.tucker(weights, gram, pair, work=work))
 
     def composed(self, factors: Sequence[Array]) -> Array:
@@ -258,10 +280,13 @@ class Tucker(Form):
         return _flat(multilinear.TUCKER, first, core.reshape(*core.shape[:2], -1), last)
 
     @staticmethod
-    def _pair(outputs: int, inputs: int, rank: int) -> tuple[int, int]:
-        """Ranks of the outputs and of the inputs, by the rank of the smaller side."""
-        small = min(outputs, inputs)
-        wide = max(1, round(rank * max(outputs, inputs) / small))
+    def _pair(outputs: int, inputs: int, taps: int, rank: int) -> tuple[int, int]:
+        """Ranks of the outputs and of the inputs, by the rank of the smaller side.
+
+        Neither is larger than what the core makes of the other one.
+        """
+        wide = max(1, round(rank * max(outputs, inputs) / min(outputs, inputs)))
+        wide = min(wide, rank * taps)
         return (wide, rank) if outputs > inputs else (rank, wide)
 
 
@@ -283,7 +308,8 @@ class Cp(Form):
         rest = math.prod(extent.given) * rank * (layer.taps + layer.shape[0])
         return extent.batch * (first + rest)
 
-    def shapes(self, layer: Layer, rank: int) -> list[tuple[int, ...]]:
+    def shaped(self, layer: Layer, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        rank = ranks[0]
         return [(rank, _channels(layer)), (rank, *_kernel(layer)), (layer.shape[0], rank)]
 
     def factors(

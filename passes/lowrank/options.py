@@ -122,7 +122,8 @@ def splittable(edit: Editor, shapes: Mapping[str, tuple[int, ...]]) -> list[Spli
     """
     return [
         Splittable(layers, tuple(_extent(edit, layer, shapes) for layer in layers))
-        for layers in by_weights(layer for layer in linear_layers(edit) if _is_worth_it(layer))
+        for layers in by_weights(linear_layers(edit))
+        if _is_worth_it(layers[0])
     ]
 
 
@@ -134,13 +135,14 @@ def _is_worth_it(layer: Layer) -> bool:
 def pooled(group: Splittable, known: Mapping[str, Array]) -> Array | None:
     """The centred Gram matrix [K, K] of all that a group reads; None where nothing was seen.
 
-    `known` are moments [K + 1, K + 1] by root. Layers without a bias cannot make up for a mean:
-    theirs is not taken off.
+    `known` are moments [K + 1, K + 1] by root. Layers without a bias cannot make up for a mean, and
+    those that are not fitted do not, as others read their weights: theirs is not taken off.
     """
     seen: Sequence[Array] = [known[x.root] for x in group.layers if x.root in known]
     if not seen:
         return None
-    return sum_centred(seen, has_bias=all(layer.bias is not None for layer in group.layers))
+    is_fitted = len(group.layers) == 1 and group.first.is_own
+    return sum_centred(seen, has_bias=is_fitted and group.first.bias is not None)
 
 
 def sum_centred(seen: Sequence[Array], *, has_bias: bool) -> Array:

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from graphopt.edit import Editor
 from graphopt.ir import Value
 from graphopt.passes.linear import Layer
-from graphopt.passes.lowrank.forms import Split
+from graphopt.passes.lowrank.forms import FORMS, Split
 
 Array = NDArray[Any]
 RULE: Final = "split-layer"
+_FREE_GEMM: Final = 11  # the version of the standard operators whose Gemm needs no bias
 BETWEEN: Final = "/low-rank"  # behind the name of what a layer gives: what its parts hand on
 
 
 class _Part(NamedTuple):
-    """One node: its weights as the operator stores them, and what it states."""
+    """One node: its operator, its weights as that stores them, and what it states."""
 
+    op: str
     weights: Array
     stated: Mapping[str, Any]
 
@@ -30,14 +32,14 @@ def split_layers(edit: Editor, layers: Sequence[Layer], split: Split) -> bool:
     """Let several smaller nodes compute what layers of one weight give, each with its own bias.
 
     What a layer gives keeps its name: it is the same up to what the split loses. False, and nothing
-    done, where the change is denied. Raises ValueError for factors of another layer.
+    done, where the change is denied, which is one for all of them and stands on the first. Raises
+    ValueError for factors of another layer.
     """
     first = layers[0]
-    if split.effective.shape != first.shape:
-        raise ValueError(f"{first.root}: factors of {split.effective.shape}, not {first.shape}")
+    _check(first, split)
     if not edit.allows(RULE, first.root):
         return False
-    parts = _parts(first, split)
+    parts = _parts(first, split, edit.model.opsets[""])
     factors = []
     for part in parts:
         name = edit.unique(f"{first.root}/factor")
@@ -45,10 +47,27 @@ def split_layers(edit: Editor, layers: Sequence[Layer], split: Split) -> bool:
         factors.append(edit.add_constant(first.node.graph, name, tensor, -1.0))
     for layer in layers:
         _replace(edit, layer, parts, factors)
-        said = f"{layer.node.op} {layer.shape}"
-        edit.record(RULE, layer.root, said, f"{split.method} {split.ranks}")
         _tidy(edit, layer)
+    times = f"{len(layers)} x " if len(layers) > 1 else ""
+    said = f"{times}{first.node.op} {first.shape}"
+    edit.record(RULE, first.root, said, f"{split.method} {split.ranks}")
     return True
+
+
+def _check(layer: Layer, split: Split) -> None:
+    """Raise ValueError for factors of another layer, or of none."""
+    form = FORMS[split.method]
+    if not form.fits(layer):
+        raise ValueError(f"{layer.root}: {layer.node.op} takes no form {split.method!r}")
+    shapes = [factor.shape for factor in split.factors]
+    ranks = [shape[0] if shape else 0 for shape in shapes[:-1]]
+    is_whole = len(shapes) == form.parts and min(ranks) > 0
+    if not is_whole or shapes != form.shaped(layer, ranks):
+        raise ValueError(
+            f"{layer.root}: factors of {shapes} are not {split.method!r} of {layer.weight.shape}"
+        )
+    if any(factor.dtype != np.float32 for factor in split.factors):
+        raise ValueError(f"{layer.root}: factors have to be float32")
 
 
 def by_weights(layers: Iterable[Layer]) -> list[tuple[Layer, ...]]:
@@ -82,7 +101,7 @@ def _replace(edit: Editor, layer: Layer, parts: Sequence[_Part], factors: Sequen
             inputs += [value for value in node.inputs[2:] if value is not None]
         known = {value.name: value for value in inputs}
         proto = onnx.helper.make_node(
-            node.op, [v.name for v in inputs], [name], name=name, **part.stated
+            part.op, [v.name for v in inputs], [name], name=name, **part.stated
         )
         results = {layer.root: layer.result} if is_last else {}
         made = edit.add_node(node.graph, proto, known, results, node.position, RULE)
@@ -99,44 +118,52 @@ def _tidy(edit: Editor, layer: Layer) -> None:
         if before.is_output:
             return
         edit.remove_node(before.producer)
-    if not weights.consumers and not weights.is_output and not weights.is_input:
+    if not weights.consumers and not weights.is_output:
+        if weights.is_input:  # as all weights are before IR 4
+            edit.freeze_input(weights)
         edit.remove_value(weights)
 
 
-def _parts(layer: Layer, split: Split) -> Sequence[_Part]:
+def _parts(layer: Layer, split: Split, opset: int) -> Sequence[_Part]:
     if layer.patches is None:
-        return _products(layer, split)
+        return _products(layer, split, opset)
     return _convolutions(layer, split)
 
 
-def _products(layer: Layer, split: Split) -> list[_Part]:
-    """Two of the operator that the layer is."""
+def _products(layer: Layer, split: Split, opset: int) -> list[_Part]:
+    """Two of the operator that the layer is; a Gemm has a bias in old versions, MatMul does not."""
+    first, last = split.factors
     if layer.node.op == "MatMul":
-        return [_Part(factor.T, {}) for factor in split.factors]
-    return [_Part(factor, {"transB": 1}) for factor in split.factors]
+        return [_Part("MatMul", first.T, {}), _Part("MatMul", last.T, {})]
+    whole = _Part("Gemm", last, {"transB": 1})
+    if opset < _FREE_GEMM:
+        return [_Part("MatMul", first.T, {}), whole]
+    return [_Part("Gemm", first, {"transB": 1}), whole]
 
 
 def _convolutions(layer: Layer, split: Split) -> list[_Part]:
     whole = _stated(layer)
     axes = len(whole["kernel_shape"])
-    tap = {"kernel_shape": [1] * axes}
+
+    def conv(factor: Array, stated: Mapping[str, Any]) -> _Part:
+        return _Part("Conv", factor, stated)
 
     def point(factor: Array) -> _Part:
-        return _Part(factor.reshape(*factor.shape, *[1] * axes), tap)
+        return conv(factor.reshape(*factor.shape, *[1] * axes), {"kernel_shape": [1] * axes})
 
     if split.method in ("svd", "channel"):
         first, last = split.factors
-        return [_Part(first, whole), point(last)]
+        return [conv(first, whole), point(last)]
     if split.method == "spatial":
         column, row = split.factors
         return [
-            _Part(column[:, :, :, None], _along(whole, 0)),
-            _Part(row[:, :, None, :], _along(whole, 1)),
+            conv(column[:, :, :, None], _along(whole, 0)),
+            conv(row[:, :, None, :], _along(whole, 1)),
         ]
     first, middle, last = split.factors
     if split.method == "tucker":
-        return [point(first), _Part(middle, whole), point(last)]
-    return [point(first), _Part(middle[:, None], whole | {"group": len(middle)}), point(last)]
+        return [point(first), conv(middle, whole), point(last)]
+    return [point(first), conv(middle[:, None], whole | {"group": len(middle)}), point(last)]
 
 
 def _stated(layer: Layer) -> dict[str, Any]:
