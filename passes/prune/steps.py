@@ -6,23 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphopt import exporter
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model
+from graphopt.passes.copies import Copy, shapes_of
 
 if TYPE_CHECKING:  # scipy takes half a second: it is for those who prune
     from graphopt.passes.fitting import Recovery
     from graphopt.passes.prune.importance import UnitImportance
     from graphopt.passes.prune.weights import Importance
-    from graphopt.runtime import Feed
-    from graphopt.statistics import Observer, Statistics
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class PruneWeights:
         pattern = Pattern.of(stated) if stated else Pattern()
         share = self.sparsity if not (self.nm or self.threshold) else None
         how = Sparsity(share, self.threshold or None, pattern, self.importance)
-        with _Copy(model, self.data) as copy:
+        with Copy(model, self.data) as copy:
             prune_weights(copy.model(), edit, how, copy.feeds, Settings(self.recover))
 
 
@@ -87,9 +83,9 @@ class PruneChannels:
         from graphopt.passes.work import sizes_wanted
 
         groups = groups_of(edit)
-        with _Copy(model, self.data) as copy:
+        with Copy(model, self.data) as copy:
             seen = copy.sweep({*observed(groups, self.importance), *sizes_wanted(model)})
-            shapes = {} if seen is None else _shapes(seen)
+            shapes = {} if seen is None else shapes_of(seen)
             known = {}
             roots = readers_of(edit, groups, self.importance)
             if roots and copy.feeds is not None:
@@ -105,48 +101,6 @@ class PruneChannels:
             prune_channels(copy.model(), edit, cut, copy.feeds, Settings(self.recover))
 
 
-def _shapes(seen: Statistics) -> dict[str, tuple[int, ...]]:
-    return {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
-
-
 def _harm(lost: Any) -> Callable[[int], float]:
     """The share of a group's importance that its first units have."""
     return lambda count: float(lost[count - 1]) if count else 0.0
-
-
-class _Copy:
-    """The model as it was before the pass, on disk, with the feeds that came with it."""
-
-    def __init__(self, model: Model, data: str) -> None:
-        self._folder = TemporaryDirectory(prefix="graphopt-")
-        self._path = Path(self._folder.name) / "model.onnx"
-        self._data = data
-        exporter.save(model, self._path)
-
-    def model(self) -> Model:
-        """The copy, loaded."""
-        return Model.load(self._path)
-
-    @property
-    def feeds(self) -> Callable[[], Iterator[Feed]] | None:
-        """The feeds, anew at each call; None without data."""
-        return self._given if self._data else None
-
-    def _given(self) -> Iterator[Feed]:
-        from graphopt.data import given_feeds
-        from graphopt.runtime import Session
-
-        with Session(self._path) as session:
-            yield from given_feeds(self._data, session)
-
-    def sweep(self, wanted: set[Observer]) -> Statistics | None:
-        """What the feeds show; None without data."""
-        from graphopt.statistics import sweep
-
-        return sweep(self._path, self._given(), wanted) if self._data else None
-
-    def __enter__(self) -> _Copy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
