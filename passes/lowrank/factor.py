@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from graphopt.edit import Editor
-from graphopt.ir import Model
+from graphopt.ir import Model, Value
 from graphopt.kernels.lowrank import weighted_error
 from graphopt.passes.fitting import Fitted, Settings, fit
 from graphopt.passes.linear import Layer
@@ -51,7 +51,8 @@ def factor(
 
     `edit` is of a model like `dense` and gets the weights that the factors amount to: its layers
     are not split yet. Weights that several nodes read are weighed by `known` moments
-    [K + 1, K + 1] by root and not fitted; without feeds nothing is, and all directions count alike.
+    [K + 1, K + 1] by root and not fitted, and other nodes go on reading them as they are; without
+    feeds nothing is fitted, and all directions count alike.
     """
     found = Factored()
     narrow: dict[str, Callable[[Array, Array | None], Array]] = {}
@@ -63,13 +64,28 @@ def factor(
         if feeds is not None and len(group.layers) == 1 and group.first.is_own:
             narrow[group.root] = work
         else:
-            weights = work(group.first.matrix(), pooled(group, known or {}))
-            stored = group.first.stored(weights.astype(np.float32))
-            value = edit.model.graph.values[group.first.weights.name]
-            edit.set_weight(value, onnx.numpy_helper.from_array(stored, value.name))
+            _give(edit, group, work(group.first.matrix(), pooled(group, known or {})))
+    edit.settle()
     if feeds is not None:
         found.fitted = fit(dense, edit, {}, feeds, settings, narrow=narrow, progress=progress)
     return found
+
+
+def _give(edit: Editor, group: Splittable, weights: Array) -> None:
+    """Let layers read weights [M, K] of their own; who else reads theirs reads what they were."""
+    graph, old = edit.model.graph, group.first.weights.name
+    stored = group.first.stored(weights.astype(np.float32))
+    made: dict[bool, Value] = {}
+    for layer in group.layers:
+        node = graph.values[layer.root].producer
+        assert node is not None
+        is_behind = node.inputs[1] is not graph.values[old]  # a Transpose
+        if is_behind not in made:
+            name = edit.unique(f"{old}/split")
+            array = np.ascontiguousarray(stored.T) if is_behind else stored
+            tensor = onnx.numpy_helper.from_array(array, name)
+            made[is_behind] = edit.add_constant(graph, name, tensor, -1.0)
+        edit.set_input(node, 1, made[is_behind])
 
 
 def _narrowing(

@@ -74,6 +74,14 @@ class Splittable:
         """The choice to leave them."""
         return Option(None, 0, self.macs, self.first.weight.size, 0.0, float(self.macs))
 
+    @property
+    def is_centred(self) -> bool:
+        """True where a bias makes up for the mean of what is lost.
+
+        Layers without one cannot, and those whose weights others read are not fitted.
+        """
+        return len(self.layers) == 1 and self.first.is_own and self.first.bias is not None
+
     def ranks(self, method: Method) -> dict[int, int]:
         """Ranks worth a try in a form, with the MACs that they leave; about one for each ratio.
 
@@ -133,24 +141,22 @@ def _is_worth_it(layer: Layer) -> bool:
 
 
 def pooled(group: Splittable, known: Mapping[str, Array]) -> Array | None:
-    """The centred Gram matrix [K, K] of all that a group reads; None where nothing was seen.
+    """The Gram matrix [K, K] of all that a group reads, centred where `is_centred`.
 
-    `known` are moments [K + 1, K + 1] by root. Layers without a bias cannot make up for a mean, and
-    those that are not fitted do not, as others read their weights: theirs is not taken off.
+    None where nothing was seen. `known` are moments [K + 1, K + 1] by root.
     """
     seen: Sequence[Array] = [known[x.root] for x in group.layers if x.root in known]
     if not seen:
         return None
-    is_fitted = len(group.layers) == 1 and group.first.is_own
-    return sum_centred(seen, has_bias=is_fitted and group.first.bias is not None)
+    return sum_centred(seen, has_bias=group.is_centred)
 
 
 def sum_centred(seen: Sequence[Array], *, has_bias: bool) -> Array:
-    """The sum of moments [K + 1, K + 1] without the last row and column, less the mean's part."""
-    total = np.sum(seen, axis=0)
-    gram, count = total[:-1, :-1], total[-1, -1]
-    if has_bias and count:
-        gram = gram - np.outer(total[-1, :-1], total[-1, :-1]) / count
+    """The sum of moments [K + 1, K + 1] without the last row and column, less each mean's part."""
+    gram = np.sum([matrix[:-1, :-1] for matrix in seen], axis=0)
+    for matrix in seen if has_bias else ():
+        if count := matrix[-1, -1]:
+            gram = gram - np.outer(matrix[-1, :-1], matrix[-1, :-1]) / count
     return np.asarray(gram)
 
 

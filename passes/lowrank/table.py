@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +16,13 @@ from graphopt.operators import MACS
 from graphopt.passes.fitting import Settings, each_moments
 from graphopt.passes.lowrank.allocation import allocate
 from graphopt.passes.lowrank.forms import RIDGE, Method
-from graphopt.passes.lowrank.options import Option, Splittable, pooled, splittable
+from graphopt.passes.lowrank.options import (
+    Option,
+    Splittable,
+    pooled,
+    splittable,
+    sum_centred,
+)
 from graphopt.passes.work import node_macs
 from graphopt.runtime import Feed
 
@@ -80,11 +86,18 @@ def tabulate(
     """
     edit = Editor(model)
     groups = tuple(splittable(edit, shapes))
+    own = {
+        layer.node: extent.rows * layer.weight.size
+        for group in groups
+        for layer, extent in zip(group.layers, group.extents, strict=True)
+    }
     nodes = (node for node in model.graph.nodes if (node.domain, node.op) in MACS)
-    total = sum(node_macs(edit, node, shapes) for node in nodes)
+    total = sum(node_macs(edit, node, shapes) or own.get(node, 0) for node in nodes)
     options, kept, probes = {}, dict[str, Array](), {}
-    for group, moments in _seen(model, groups, feeds, settings, progress):
-        options[group.root] = [group.dense, *group.options(methods, pooled(group, moments))]
+    for group, moments in each_group(model, groups, feeds, settings, progress):
+        found = group.options(methods, pooled(group, moments))
+        share = _of_variance(group, moments)
+        options[group.root] = [group.dense, *(replace(o, error=share * o.error) for o in found)]
         if len(group.layers) > 1 or not group.first.is_own:
             kept |= moments
         if moments and len(options[group.root]) > 1:
@@ -93,11 +106,21 @@ def tabulate(
     return Ranks(groups, {g.root: options[g.root] for g in groups}, total, kept, probes)
 
 
+def _of_variance(group: Splittable, moments: Mapping[str, Array]) -> float:
+    """The mean square of what a group gives, relative to its variance, where errors are of that."""
+    gram = pooled(group, moments)
+    if gram is None or group.is_centred:
+        return 1.0
+    weights = np.asarray(group.first.matrix(), np.float64)
+    centred = sum_centred(list(moments.values()), has_bias=True)
+    whole, signal = (float(np.sum((weights @ each) * weights)) for each in (gram, centred))
+    return whole / signal if signal > 0 else 1.0
+
+
 def _probe(group: Splittable, ranks: Sequence[int], moments: Mapping[str, Array]) -> Probe:
     """Weights as two products, at the rank that loses most nearly a twentieth."""
-    layer, total = group.first, np.sum(list(moments.values()), axis=0)
-    gram, mean = total[:-1, :-1], total[-1, :-1] / max(1.0, total[-1, -1])
-    centred = gram - total[-1, -1] * np.outer(mean, mean)
+    layer, seen = group.first, list(moments.values())
+    gram, centred = (sum_centred(seen, has_bias=each) for each in (False, True))
     weights = np.asarray(layer.matrix(), np.float64)
     found = spectrum(weights, gram, RIDGE)
     errors = np.maximum(found.errors(ranks), 1e-12)
@@ -109,7 +132,7 @@ def _probe(group: Splittable, ranks: Sequence[int], moments: Mapping[str, Array]
     return Probe(layer.weights.name, layer.stored((weights - lost).astype(np.float32)), error)
 
 
-def _seen(
+def each_group(
     model: Model,
     groups: Collection[Splittable],
     feeds: Callable[[], Iterable[Feed]] | None,
