@@ -127,6 +127,7 @@ class Relay:
         inside = set(piece)
         read = dict.fromkeys(v for node in piece for v in regions.reads(node))
         inputs = [v for v in read if v.name in self._kept and v.producer not in inside]
+        inputs = [v for v in inputs if not regions.fixed(v)]  # a piece brings its constants along
         self._left -= inside
         later = self._later()
         made = [v for node in piece for v in node.outputs if v is not None]

@@ -279,3 +279,16 @@ def test_constants_and_sparse_weights_come_along() -> None:
     with Relay(model, [{"x": x}], [model.graph.values["y"]], threads=1) as run:
         (found,) = run.values(model.graph.values["y"])
     np.testing.assert_allclose(found, x @ array, rtol=1e-5)
+
+
+def test_a_constant_of_a_node_that_two_pieces_read() -> None:
+    text = (
+        "(float[n,6] x) => (float[n,6] y) {"
+        " k = Constant<value = float {2}>() a = Mul(x, k) b = Mul(a, k) y = Neg(b) }"
+    )
+    model = Model.load(weighted(text))
+    x = np.ones((3, 6), np.float32)
+    a, b = model.graph.values["a"], model.graph.values["b"]
+    with Relay(model, [{"x": x}], [a, b], threads=1) as run:
+        found = [float(each.mean()) for value in (a, b) for each in run.values(value)]
+    assert found == [2, 4]
