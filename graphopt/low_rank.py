@@ -65,7 +65,7 @@ class LowRank:
             return []
         good = [trial for trial in self._outcome.trials if trial.verdict.good]
         gentle = min(good, key=lambda trial: trial.verdict.drop, default=self._trial)
-        return list(dict.fromkeys((self._trial, gentle)))
+        return [self._trial] if gentle is self._trial else [self._trial, gentle]
 
     def choose(self, trial: Trial[StagedRecipe] | None, sizes: Sizes) -> LowRankRecord:
         """Keep another of the candidates, or none; the new account."""
