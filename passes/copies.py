@@ -51,6 +51,15 @@ class Copy:
 
         return sweep(self._path, self._given(), wanted) if self._data else None
 
+    def sizes(self, wanted: set[Observer]) -> dict[str, tuple[int, ...]]:
+        """The shapes of values by name on one feed: the first, or a proposed one without data."""
+        from graphopt.proposals import first_feed
+        from graphopt.statistics import sweep
+
+        return shapes_of(
+            sweep(self._path, [first_feed(self._path, data=self._data or None)], wanted)
+        )
+
     def __enter__(self) -> Self:
         return self
 

@@ -27,6 +27,8 @@ from graphopt.passes.canonicalize.remove_dead import RemoveDead
 from graphopt.passes.canonicalize.simplify_shapes import SimplifyShapes
 from graphopt.passes.canonicalize.strip_traces import StripTraces
 from graphopt.passes.fusion.merge_projections import MergeProjections
+from graphopt.passes.lowrank.embeddings import SplitEmbeddings
+from graphopt.passes.lowrank.steps import SplitLayers
 from graphopt.passes.plugins.graphsurgeon import Graphsurgeon
 from graphopt.passes.prune.sparse import Densify, Sparsify, has_sparse
 from graphopt.passes.prune.steps import PruneChannels, PruneWeights
@@ -58,6 +60,8 @@ PASSES: Final[dict[str, type[Pass]]] = {
         Graphsurgeon,
         PruneWeights,
         PruneChannels,
+        SplitLayers,
+        SplitEmbeddings,
         Sparsify,
         Densify,
     )
