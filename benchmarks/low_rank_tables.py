@@ -23,6 +23,7 @@ NAMES: Final = {
     "time": TIMED,
     "cost": ("bert_base_ts",),
     "int8": ("paraphrase_minilm_l3", "ppocr_rec_v4"),
+    "order": (CNN, "ppocr_rec_v4", "ppocr_cls_v2", "paraphrase_minilm_l3"),
 }
 SHARES: Final = {
     "digits": (0.6, 0.4, 0.25, 0.15),
@@ -32,6 +33,7 @@ DIGITS_BARS: Final = {0.6: 0.99, 0.4: 0.985, 0.25: 0.97, 0.15: 0.80}
 TIMED_SHARES: Final = (0.7, 0.5)
 COST_FEEDS: Final = 4
 WAYS: Final = ("low rank", "int8", "low rank and int8")
+ORDERS: Final = ("channels", "low rank")  # which goes first
 LOSS_BAR, SLACK_BAR, SECONDS_BAR = 0.01, 0.10, 90.0
 
 Cell = dict[str, Any]
@@ -214,7 +216,23 @@ def page(tables: Tables) -> str:
         "\n## With int8\n\n`python benchmarks/low_rank.py int8`: time of the original over "
     )
     told.append("that of the result, within 1 % of the score.\n\n" + _int8(tables.get("int8", {})))
+    told.append(
+        "\n## Order\n\n`python benchmarks/low_rank.py order`: scores with a fifth of the MACs "
+    )
+    told.append("gone with channels and a quarter of the rest by splits.\n\n")
+    told.append(_order(tables.get("order", {})))
     return "".join(told)
+
+
+def _order(cells: dict[str, Cell]) -> str:
+    def lines() -> Iterator[list[str]]:
+        for name in NAMES["order"]:
+            found = [cells.get(key(name, first), {}) for first in ORDERS]
+            if all("score" in cell for cell in found):
+                told = [f"{c['score']:.4f} ± {c['se']:.4f}, {c['left']:.0%} left" for c in found]
+                yield [name, *told]
+
+    return table(["model", *(f"{first} first" for first in ORDERS)], lines())
 
 
 def _scores(scores: Scores, shares: tuple[float, ...]) -> str:
