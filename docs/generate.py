@@ -24,6 +24,7 @@ COMMANDS = (
     "inspect",
     "bench",
     "sensitivity",
+    "ranks",
     "explain",
     "passes",
     "densify",

@@ -304,6 +304,42 @@ def sensitivity(
     _tell(found, json, lambda console: show_sensitivity(found, console))
 
 
+@app.command(short_help="Say what ranks would do to a model, layer by layer.")
+@shell.boundary
+def ranks(
+    model: o.ModelFile,
+    data: o.Data = None,
+    method: o.RankMethod = "auto",
+    threads: o.ModelThreads = 0,
+    shape: o.FixedShapes = None,
+    custom_ops: o.CustomOps = None,
+    seed: o.Seed = 0,
+    plot: o.Plot = None,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Say what each layer of MODEL would lose and gain here, split into thinner ones."""
+    from graphopt.ranks import ranks as measure
+    from graphopt.render.progress import progress
+    from graphopt.render.ranks import show_ranks
+    from graphopt.render.ranks_plot import plotter
+
+    with plotter(plot, model) as draw:
+        with progress() as tell:
+            found = measure(
+                model,
+                data=data,
+                method=method,
+                shapes=o.shapes(shape, keep=True),
+                custom_ops=custom_ops or [],
+                seed=seed,
+                threads=threads,
+                progress=tell,
+            )
+        draw(found)
+    _tell(found, json, lambda console: show_ranks(found, console))
+
+
 @app.command(short_help="List the passes, the rules and what each level runs.")
 @shell.boundary
 def passes(verbose: o.Verbose = False) -> None:

@@ -31,7 +31,7 @@ from graphopt.statistics import sweep
 AUTO: Final = "auto"
 Share = float | Literal["auto"]
 SHARES: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of MACs, tried for "auto"
-_FIT_FEEDS: Final = 256  # samples of feeds are more: this many feeds tell what a layer does
+FIT_FEEDS: Final = 256  # samples of feeds are more: this many feeds tell what a layer does
 _HARM_FEEDS: Final = 16  # on which the harm of single layers is measured
 _CHECKS: Final = 3  # rounds in which what turned out slow is left whole
 _MISSED: Final = 0.02  # of the MACs: a share that is missed by more is told
@@ -85,6 +85,29 @@ class LowRankOutcome:
         return self.winner.trial if self.recipe is not None else None
 
 
+def table_of(
+    lossless: Path,
+    feed: Feed,
+    methods: Sequence[Method],
+    feeds: Callable[[], Iterator[Feed]] | None,
+    settings: Settings,
+    tell: Tell,
+) -> Ranks:
+    """All that can be chosen for a model, with shapes as in a run on `feed`."""
+    model = Model.load(lossless)
+    seen = sweep(
+        lossless,
+        [feed],
+        sizes_wanted(model),
+        threads=settings.threads,
+        custom_ops=settings.custom_ops,
+    )
+    shapes = {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
+    return tabulate(
+        model, shapes, methods, feeds, settings, lambda done: tell("seeing what ranks tell", done)
+    )
+
+
 class LowRanking:
     """The search for one model. `folder` is for the files of candidates."""
 
@@ -133,22 +156,13 @@ class LowRanking:
     def _table(self) -> Ranks:
         """Options and what they lose, measured once."""
         if self._ranks is None:
-            model = Model.load(self._lossless)
-            seen = sweep(
+            ranks = table_of(
                 self._lossless,
-                [self._selection.proposed()],
-                sizes_wanted(model),
-                threads=self._settings.threads,
-                custom_ops=self._settings.custom_ops,
-            )
-            shapes = {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
-            ranks = tabulate(
-                model,
-                shapes,
+                self._selection.proposed(),
                 self._request.methods,
                 self._feeds(),
                 self._settings,
-                lambda done: self._tell("seeing what ranks tell", done),
+                self._tell,
             )
             self._ranks = self._weighted(ranks) if ranks.probes else ranks
         return self._ranks
@@ -190,7 +204,7 @@ class LowRanking:
         """The feeds that layers are fitted on; None where there is no data."""
         if self._request.data is None:
             return None
-        return lambda: itertools.islice(self._selection.feeds(), _FIT_FEEDS)
+        return lambda: itertools.islice(self._selection.feeds(), FIT_FEEDS)
 
     def _priced(self) -> dict[str, list[Option]]:
         """Options by what they take; those that do not pay are left out."""

@@ -94,6 +94,13 @@ LowRankMethod = Annotated[
     Literal["auto", "svd", "channel", "spatial", "tucker", "cp"] | None,
     typer.Option(help="low rank: what layers are split into."),
 ]
+RankMethod = Annotated[
+    Literal["auto", "svd", "channel", "spatial", "tucker", "cp"],
+    typer.Option(help="What layers may be split into."),
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="F.svg", help="Draw errors and spectra as well.")
+]
 Codebook = Annotated[
     Literal["auto", "8", "4"] | None,
     typer.Option(help="Weights as tables and indices of so many bits: a smaller file."),

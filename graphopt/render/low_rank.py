@@ -59,10 +59,10 @@ def _layers(layers: Sequence[SplitRecord], *, every: bool) -> Table:
     ranked = sorted(layers, key=lambda layer: -layer.macs_before)
     shown = ranked if every else ranked[:_ROWS]
     for layer in shown:
-        name = f"{layer.root} and {layer.layers - 1} more" if layer.layers > 1 else layer.root
+        name = text.Name(layer.root, f" and {layer.layers - 1} more" if layer.layers > 1 else "")
         ranks = "x".join(map(str, layer.ranks))
-        row = [text.clean(name), f"{layer.method} {ranks}", text.error(layer.error)]
-        table.add_row(*row, *_gain([layer]))
+        as_split = f"{layer.method} {ranks}"
+        table.add_row(name, as_split, text.error(layer.error), *_gain([layer]))
     rest = ranked[len(shown) :]
     if rest:
         table.add_row(Text(f"{len(rest)} more", style="dim"), "", "", *_gain(rest))

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,8 @@ from rich.text import Text
 from graphopt.shell import mute_stdout
 
 _GAP: Final = 3  # columns between tables
+_SHORTEST: Final = 16  # columns that a long name gets, at least
+_LINES: Final = 2
 
 
 def stdout() -> Console:
@@ -78,6 +82,37 @@ def show_beside(tables: Sequence[Table], console: Console) -> None:
 def clean(text: str) -> str:
     """A name from a file, safe to print: what is not printable appears as its escape."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def tail(name: str, width: int) -> str:
+    """The end of a name, which tells it from others, in so many columns: ...conv2/Conv."""
+    if cell_len(name) <= width:
+        return name
+    dots = "..."[: max(width, 0)]
+    for start in range(1, len(name)):
+        if cell_len(name[start:]) <= width - len(dots):
+            return dots + name[start:]
+    return dots
+
+
+class Name:
+    """A name in a cell of a table: of a long one as much of its end as has room on two lines.
+
+    `more` stands behind it whatever is left.
+    """
+
+    def __init__(self, name: str, more: str = "") -> None:
+        self._name = clean(name)
+        self._more = more
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = cell_len(self._name + self._more)
+        return Measurement(min(longest, _SHORTEST), longest)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        shown = tail(self._name, _LINES * width - cell_len(self._more)) + self._more
+        yield Text("\n".join(chop_cells(shown, width)), no_wrap=True, overflow="crop")
 
 
 def count(number: float) -> str:
