@@ -112,6 +112,7 @@ def ranks(
     tell: Progress = progress or (lambda what, share: None)
     wanted = LowRankWanted(share=AUTO, method=method)
     wanted.check()
+    info = file_info(model, [model, *Model.load(model).store.files()])
     with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
         folder = Path(name)
         original, lossless = model, folder / "lossless.onnx"
@@ -138,7 +139,7 @@ def ranks(
             )
     return RanksRecord(
         host=host(),
-        model=file_info(model, [model, *Model.load(model).store.files()]),
+        model=info,
         threads=threads,
         methods=list(wanted.methods),
         feeds=0 if feeds is None else feeds.number,
