@@ -419,8 +419,8 @@ def test_long_names_keep_their_ends(width: int) -> None:
     ]
     lines = drawn(record(names), width)
     assert max(map(len, lines)) <= width
-    column = "".join(line[: lines[2].index("ranks")].rstrip() for line in lines)
-    assert "MatMul_output_7 and 1 more" in column
+    column = "".join(line[: lines[2].index("ranks")].replace(" ", "") for line in lines)
+    assert "MatMul_output_7and1more" in column
     assert all((name in column) == (width > 80) for name in names)
     assert ("..." in column) == (width <= 80)
     heads = [place for place, line in enumerate(lines) if " dense " in line]
