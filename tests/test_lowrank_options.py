@@ -112,6 +112,9 @@ def test_options_cost_what_the_split_model_does(name: str, method: Method) -> No
         assert cost == found.get(rank, cost)
         floats = sum(a.size for name, a in stored(made).items() if "factor" in name)
         assert split.size == form.size(group.first, rank) == floats
+        if method != "cp":
+            near = split_of(group.first, method, rank, group.first.matrix(), None)
+            assert [f.shape for f in near.factors] == form.shapes(group.first, rank)
 
 
 @pytest.mark.parametrize(("name", "method"), SIZES)
@@ -221,6 +224,11 @@ LOSSES = {
         "(float[9,30,24] x, float[24,40] w) => (float[a,b,c] y) { y = MatMul(x, w) }",
         False,
     ),
+    "read by others": (
+        "(float[200,40] x, float[40,24] w, float[24] b) => (float[a,b1] y, int64[2] k)"
+        " { y = Gemm(x, w, b) k = Shape(w) }",
+        False,
+    ),
     "shared": (
         "(float[90,40] x, float[60,40] x2, float[40,24] w, float[24] b, float[24] b2)"
         " => (float[a,c] y, float[d,e] z) { y = Gemm(x, w, b) z = Gemm(x2, w, b2) }",
@@ -292,7 +300,7 @@ def test_options_lose_what_the_split_model_does(name: str) -> None:
     roots = {layer.root for layer in group.layers}
     moments = dict(each_moments(Model.load(proto), roots, lambda: iter([feed]), SETTINGS))
     assert moments.keys() == roots
-    assert ranks.moments.keys() == (set() if is_centred else roots if name == "shared" else set())
+    assert ranks.moments.keys() == (roots if name in ("shared", "read by others") else set())
     gram = pooled(group, moments)
     dense, *options = ranks.options[group.root]
     assert (dense.method, dense.error) == (None, 0.0)
@@ -366,7 +374,7 @@ def random_table(seed: int) -> dict[str, list[Option]]:
     found = {}
     for layer in range(int(rng.integers(1, 5))):
         count = int(rng.integers(1, 6))
-        costs, errors = rng.integers(1, 15, count), rng.integers(1, 12, count)
+        costs, errors = rng.integers(1, 15, count), rng.integers(0, 12, count)
         scale = float(rng.choice([1.0, 0.25]))
         others = [(float(c), scale * float(e)) for c, e in zip(costs, errors, strict=True)]
         found[f"layer {layer}"] = options_of([(10.0, 0.0), *others])

@@ -433,6 +433,9 @@ def damaged(split: Split) -> list[Split]:
             factors = list(split.factors)
             factors[number] = other
             found.append(Split(split.method, tuple(factors)))
+    last = len(split.factors) - 1  # all of rank 0
+    none = (f[:0] if n < last else f[:, :0] for n, f in enumerate(split.factors))
+    found.append(Split(split.method, tuple(none)))
     found.append(Split(split.method, split.factors[:-1]))
     found.append(Split(split.method, (*split.factors, split.factors[-1])))
     found.append(Split(split.method, ()))
