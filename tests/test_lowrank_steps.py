@@ -81,7 +81,7 @@ def shapes(proto: onnx.ModelProto) -> list[tuple[int, ...]]:
 def tails(matrix: Array) -> Array:
     """The shares that are lost of a matrix at ranks 0, 1, ..."""
     squares = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False) ** 2
-    return np.append(np.cumsum(squares[::-1])[::-1], 0) / squares.sum()
+    return np.asarray(np.append(np.cumsum(squares[::-1])[::-1], 0) / squares.sum())
 
 
 def written(path: Path, **arrays: Array) -> str:

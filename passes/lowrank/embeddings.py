@@ -38,8 +38,9 @@ class SplitEmbeddings:
 
     It saves bytes and no time: each lookup costs a small product more. Tables are float32
     initializers of the main graph. One that others read as well, such as a projection onto the same
-    words, would have to stay beside its factors: it is left alone. One whose rank would not save
-    numbers is, too. Lossy: it cannot be proved.
+    words, would have to stay beside its factors: it is left alone, unless split-layers gave that
+    factors of its own before. One whose rank would not save numbers is, too. Lossy: it cannot be
+    proved.
     """
 
     name: ClassVar[str] = "split-embeddings"

@@ -37,9 +37,9 @@ class SplitLayers:
     of noise in its weights (empirical variational Bayes); where nothing does, it stays.
 
     `method` is svd (products), channel, spatial, tucker, cp (convolutions), or auto: all but cp. A
-    split that saves no MACs is not made. MACs are counted at the shapes of the first feed. With
-    `data` (as on the command line) errors are of what layers read there, and all layers are fitted
-    again. Lossy: it cannot be proved.
+    split that saves no MACs is not made. With `data` (as on the command line) errors are of what
+    layers read there, and all layers are fitted again. MACs are counted at the shapes of its first
+    feed; without, of one that is proposed. Lossy: it cannot be proved.
     """
 
     name: ClassVar[str] = "split-layers"
