@@ -107,16 +107,16 @@ def fit(
     that it gives: of those that were fitted, weighed by what they read, less what a bias makes up.
 
     `edit` is the pruned model: of the graph of `dense`, which gives the targets; the ridge pulls
-    towards the weights that it has now. Layers whose weights other nodes read as well are masked
-    only. Runs both models once on all feeds, in memory that does not grow with their number.
+    towards the weights that it has now. Layers whose weights or bias are not theirs alone are
+    masked only. Runs both models once on all feeds, in memory that does not grow with their number.
     """
     original = Editor(dense)
-    targets = {layer.root: layer for layer in linear_layers(original) if layer.is_own}
+    targets = {layer.root: layer for layer in linear_layers(original) if layer.is_free}
     layers = linear_layers(edit)
     for layer in layers:
-        if not layer.is_own and layer.root in masks:
+        if not layer.is_free and layer.root in masks:
             mask_layer(edit, layer, masks[layer.root])
-    layers = [layer for layer in layers if layer.root in targets and layer.is_own]
+    layers = [layer for layer in layers if layer.root in targets and layer.is_free]
     if only is not None:
         layers = [layer for layer in layers if layer.root in only]
     found = Fitted()

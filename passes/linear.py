@@ -63,6 +63,14 @@ class Layer:
         return self.result.name
 
     @property
+    def is_free(self) -> bool:
+        """True where new weights are its own affair: nobody else reads them, its bias is known.
+
+        What a bias that is computed, or that others read, adds is no part of what weights give.
+        """
+        return self.is_own and (self.node.op == "MatMul" or self.bias is not None)
+
+    @property
     def groups(self) -> int:
         """Of the convolution; 1 for a product."""
         return self.patches.group if self.patches is not None else 1

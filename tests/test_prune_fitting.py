@@ -311,6 +311,21 @@ def test_weights_that_others_read_are_masked_only() -> None:
     np.testing.assert_array_equal(weights(edit)["w"], np.where(mask.T, before, 0))
 
 
+def test_a_bias_that_is_computed_is_no_part_of_what_weights_give() -> None:
+    proto = weighted(
+        "(float[n,32] x, float[32,6] w, float[6] k) => (float[n,6] y)"
+        " { s = ReduceMean<keepdims=0>(x) z = Mul(s, k) y = Gemm(x, w, z) }"
+    )
+    edit = pair(proto)[1]
+    (layer,) = linear_layers(edit)
+    assert layer.is_own
+    assert not layer.is_free
+    masks = random_masks(edit)
+    after, found = fitted(proto, correlated((16, 32)), masks=masks)
+    assert found.layers == []
+    np.testing.assert_array_equal(matrices(after)["y"], np.where(masks["y"], layer.matrix(), 0))
+
+
 def test_bodies_are_left_alone() -> None:
     proto = weighted(
         "(float[n,6] x, bool c, float[6,6] w, float[6,4] w2, float[4,4] w3) => (float[n,m] y)"

@@ -61,7 +61,7 @@ def factor(
         if option is None or option.method is None:
             continue
         work = _narrowing(found, group.first, option.method, option.rank)
-        if feeds is not None and len(group.layers) == 1 and group.first.is_own:
+        if feeds is not None and len(group.layers) == 1 and group.first.is_free:
             narrow[group.root] = work
         else:
             _give(edit, group, work(group.first.matrix(), pooled(group, known or {})))

@@ -80,7 +80,7 @@ class Splittable:
 
         Layers without one cannot, and those whose weights others read are not fitted.
         """
-        return len(self.layers) == 1 and self.first.is_own and self.first.bias is not None
+        return len(self.layers) == 1 and self.first.is_free and self.first.bias is not None
 
     def ranks(self, method: Method) -> dict[int, int]:
         """Ranks worth a try in a form, with the MACs that they leave; about one for each ratio.

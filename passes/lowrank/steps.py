@@ -98,7 +98,7 @@ class SplitLayers:
                 options[group.root] = [by_noise(group, methods, gram)]
             else:
                 options[group.root] = [by_energy(group, methods, gram, self.energy)]
-            if len(group.layers) > 1 or not group.first.is_own:
+            if len(group.layers) > 1 or not group.first.is_free:
                 kept |= moments
         return Ranks(groups, options, 0, kept, {})
 

@@ -98,7 +98,7 @@ def tabulate(
         found = group.options(methods, pooled(group, moments))
         share = _of_variance(group, moments)
         options[group.root] = [group.dense, *(replace(o, error=share * o.error) for o in found)]
-        if len(group.layers) > 1 or not group.first.is_own:
+        if len(group.layers) > 1 or not group.first.is_free:
             kept |= moments
         if moments and len(options[group.root]) > 1:
             ranks = [option.rank for option in options[group.root][1:]]
