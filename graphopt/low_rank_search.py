@@ -103,9 +103,9 @@ def table_of(
         custom_ops=settings.custom_ops,
     )
     shapes = {v: seen.shape(v).first for v in seen.values if seen.has_shape(v)}
-    return tabulate(
-        model, shapes, methods, feeds, settings, lambda done: tell("seeing what ranks tell", done)
-    )
+    what = "seeing what ranks tell"
+    tell(what, None)  # without feeds it is not known how much is done
+    return tabulate(model, shapes, methods, feeds, settings, lambda done: tell(what, done))
 
 
 class LowRanking:
