@@ -117,18 +117,27 @@ class Placed:
         self.count += 1
 
 
-def place(problem: Problem, order: Ints, placing: Placing) -> Ints:
-    """Offsets [n] of buffers that are placed in this order."""
-    offsets = np.zeros(len(problem), np.int64)
-    placed = Placed(len(problem))
+def place(
+    problem: Problem,
+    order: Ints,
+    placing: Placing,
+    placed: Placed | None = None,
+    offsets: Ints | None = None,
+) -> Ints:
+    """Offsets [n] of buffers that are placed in this order, beside what is placed, if anything is.
+
+    `offsets` [n] are those of the buffers that the order leaves out.
+    """
+    found = np.zeros(len(problem), np.int64) if offsets is None else offsets.copy()
+    placed = Placed(len(problem)) if placed is None else placed
     order = order[problem.present[order]]
     columns = np.stack([order, problem.lower[order], problem.upper[order], problem.size[order]])
     for i, lower, upper, size in columns.T.tolist():
         starts, ends = placed.neighbours(lower, upper)
-        if len(starts):
-            offsets[i] = placing(starts, np.maximum.accumulate(ends), size)
-        placed.add(int(offsets[i]), int(offsets[i]) + size, lower, upper)
-    return offsets
+        offset = placing(starts, np.maximum.accumulate(ends), size) if len(starts) else 0
+        found[i] = offset
+        placed.add(offset, offset + size, lower, upper)
+    return found
 
 
 # -- strategies ------------------------------------------------------------------------------------
