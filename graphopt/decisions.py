@@ -112,8 +112,8 @@ class Decisions(Record):
     )
     candidate: str = Field(default="", description="what is kept, as the report calls it")
     found: str = Field(default="", description="how it compared with the original, in words")
-    pruning: PruningDecision | None = Field(default=None, description="what is done first")
-    low_rank: LowRankDecision | None = Field(default=None, description="then layers are split")
+    pruning: PruningDecision | None = Field(default=None, description="done after low rank")
+    low_rank: LowRankDecision | None = Field(default=None, description="what is done first")
     codebook: CodebookDecision | None = Field(default=None, description="what is done last")
     weights: str = Field(
         default="", description="sha256 of the file of weights beside, .npz behind the name"

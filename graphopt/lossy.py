@@ -1,8 +1,9 @@
 """Lossy steps of `optimize`: what follows once the best lossless model is proved and on disk.
 
-Channels and weights first, then layers are split, then int8 on what is left, then tables of
-weights; all against one budget and the same original, and all in one decisions file, which repeats
-them elsewhere to the same bytes.
+Layers are split first, then channels and weights go, then comes int8 on what is left, then tables
+of weights: measured, splits of whole layers keep more than splits of what channels left
+(`benchmarks/low_rank.py order`). All against one budget and the same original, and all in one
+decisions file, which repeats them elsewhere to the same bytes.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class Lossy:
     @property
     def _steps(self) -> tuple[Step, ...]:
         """In the order in which they are done."""
-        return self._prune, self._low_rank, self._int8, self._codebook
+        return self._low_rank, self._prune, self._int8, self._codebook
 
     def __enter__(self) -> Self:
         if self._wanted.decisions is not None:
@@ -221,18 +222,19 @@ class Lossy:
     ) -> tuple[dict[str, StepRecord], Path]:
         """What each step found on what the steps before it left, and the file in the end."""
         records: dict[str, StepRecord] = {}
-        base = before = lossless
+        base = lossless
         for step in self._steps:
             if not step.is_wanted:
                 continue
             clock = _Clock(self._tell, step.name.replace("_", " "))
             folder = _made(work / step.name)
-            if step is self._int8 and self._low_rank.alternatives:
-                base, found = self._with_int8(original, before, folder, sizes, clock)
+            is_split = bool(self._low_rank.alternatives) and not self._prune.is_wanted
+            if step is self._int8 and is_split:
+                base, found = self._with_int8(original, lossless, folder, sizes, clock)
                 records |= found
             else:
                 records[step.name] = step.search(original, base, folder, sizes, clock)
-                before, base = base, _file(step, base, folder)
+                base = _file(step, base, folder)
             seconds = {"seconds": clock.stop()}
             records[step.name] = records[step.name].model_copy(update=seconds)
         return records, base

@@ -186,10 +186,10 @@ class Report(Record):
     blame: list[BlameRecord] = Field(default=[], description="what was denied to prove the result")
     fingerprint: str = Field(default="", description="of the result: equal ones, the same graph")
     warnings: list[str]
-    prune: PruneRecord | None = Field(
+    low_rank: LowRankRecord | None = Field(
         default=None, description="if asked for; `validation` is then of the step before it"
     )
-    low_rank: LowRankRecord | None = Field(default=None, description="likewise; done after it")
+    prune: PruneRecord | None = Field(default=None, description="likewise; done after low rank")
     int8: Int8Record | None = Field(default=None, description="likewise; done after both")
     codebook: CodebookRecord | None = Field(default=None, description="likewise; done last")
     bench: BenchRecord | None = Field(default=None, description="original against result, if asked")

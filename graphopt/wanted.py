@@ -196,8 +196,6 @@ class Wanted:
             raise UsageError(f"codebook {self.codebook!r}: there are {', '.join(map(str, _BITS))}")
         if self.replay is None and not self.asks:
             raise UsageError(f"{self._first()}: it is for lossy steps; ask for one: {_ASK}")
-        if self.low_rank.is_wanted and self.prune.wants_zeros:
-            raise UsageError("low-rank: factors of sparse weights are dense; ask for one of both")
         if self.mode is not None and target != "ort-cpu":
             raise UsageError(
                 "int8 is made for onnxruntime's CPU provider: ask for that target as well, "

@@ -237,10 +237,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"low_rank": 0.5, "low_rank_method": "qr"},
         "low-rank-method 'qr': there are auto, svd, channel, spatial, tucker, cp",
     ),
-    (
-        {"low_rank": 0.5, "sparsity": 0.5},
-        "low-rank: factors of sparse weights are dense; ask for one of both",
-    ),
     ({"codebook": 5}, "codebook 5: there are auto, 8, 4"),
 ]
 
@@ -259,6 +255,7 @@ ASKED: list[dict[str, Any]] = [
     {"low_rank": 0.5, "max_drop": 0.2},
     {"low_rank": 0.5, "low_rank_method": "cp", "max_drop": 1.0, "force": True},
     {"low_rank": 0.7, "channels": 0.2, "max_drop": 0.5},
+    {"low_rank": 0.7, "channels": 0.1, "sparsity": 0.5, "max_drop": 1.0, "force": True},
     {"low_rank": 0.6, "int8": "static", "target": "ort-cpu", "max_drop": 0.3},
     {"low_rank": 0.6, "codebook": 8, "max_drop": 0.3},
     {"codebook": 8, "max_drop": 0.1},

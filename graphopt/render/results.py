@@ -71,10 +71,10 @@ def _is_lossy(report: Report) -> bool:
 
 def _show_steps(report: Report, console: Console, *, every_candidate: bool = False) -> None:
     """What became of each lossy step, in order."""
-    if report.prune is not None:
-        show_prune(report.prune, console, every_candidate=every_candidate)
     if report.low_rank is not None:
         show_low_rank(report.low_rank, console, every_candidate=every_candidate)
+    if report.prune is not None:
+        show_prune(report.prune, console, every_candidate=every_candidate)
     if report.int8 is not None:
         show_int8(report.int8, console, every_candidate=every_candidate)
     if report.codebook is not None:

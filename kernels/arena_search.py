@@ -1,0 +1,217 @@
+"""The best plan in a given time: greedy ones first, then exact searches that begin anew, or a climb.
+
+Whether an exact search ends soon depends on luck with its order, so many are tried, each with few
+nodes, then with more; in turns at the bound, which often is the optimum even where it looks far away,
+and half way between it and the best plan so far.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Final, NamedTuple
+
+from graphopt.kernels import arena_exact, arena_greedy
+from graphopt.kernels.arena import Ints, Problem, Solution, lower_bound
+from graphopt.kernels.arena_climb import climb
+from graphopt.kernels.arena_exact import Limits, Whole, within
+
+EXACT: Final = "exact"
+CLIMB: Final = "climb"
+ALL: Final = (*arena_greedy.STRATEGIES, EXACT, CLIMB)
+
+_FIRST: Final = 3  # nodes per buffer in the first round of exact searches
+_GROWTH: Final = 4  # of these from round to round
+_NOISE: Final = 0.15
+_MOVES: Final = 200  # of a climb, per buffer, before it begins anew
+_LONG: Final = 3600.0  # seconds a plan of another process is waited for beyond the given time
+
+
+class _Attempt(NamedTuple):
+    order: str
+    noise: float
+    nodes: int
+    share: float  # of the way from what is hoped for to the best plan
+
+
+@dataclass
+class _State:
+    """What is known so far; shared with other processes through `peer`, the least height of any."""
+
+    problem: Problem
+    best: Solution
+    least: int  # no plan is lower
+    goal: int  # a lower plan is not asked for
+    deadline: float
+    steps: float
+    peer: Any = None
+    taken: int = field(default=0)
+
+    def height(self) -> int:
+        return min(self.best.height, self.peer.value) if self.peer else self.best.height
+
+    def keep(self, plan: Solution) -> None:
+        if plan.height < self.best.height:
+            self.best = plan
+        if self.peer:
+            with self.peer.get_lock():
+                self.peer.value = min(self.peer.value, plan.height)
+
+    def reached(self) -> bool:
+        return self.height() <= max(self.goal, self.least)
+
+    def over(self) -> bool:
+        return self.reached() or self.taken >= self.steps or time.monotonic() > self.deadline
+
+
+def solve(
+    problem: Problem,
+    *,
+    seconds: float,
+    capacity: int | None = None,
+    strategies: Sequence[str] = ALL,
+    seed: int = 0,
+    processes: int = 1,
+    steps: float = math.inf,
+) -> Solution:
+    """The lowest plan that is found in about `seconds`, by the named strategies of `ALL`.
+
+    Ends at once when the plan is known to be the best, or fits `capacity` bytes, which nothing is
+    sought below of. The greedy strategies always run to their end. Of equal seeds come equal plans
+    where `steps` (nodes of searches, plans of a climb) end it, and not the time. More than one process:
+    only worth it for seconds that outweigh the start of an interpreter, and only from a script
+    that can be imported (`if __name__ == "__main__"`). Raises ValueError for unknown strategies.
+    """
+    start = time.monotonic()
+    unknown = [name for name in strategies if name not in ALL]
+    if unknown:
+        raise ValueError(f"no strategy is called {unknown[0]!r}; there are {', '.join(ALL)}")
+    bound = lower_bound(problem)
+    state = _State(
+        problem, arena_greedy.separate(problem), bound, capacity or 0, start + seconds, steps
+    )
+    for name in strategies:
+        if name in arena_greedy.STRATEGIES and not state.reached():
+            state.keep(arena_greedy.STRATEGIES[name](problem))
+    names = [name for name in strategies if name in (EXACT, CLIMB)]
+    if processes > 1 and names and not state.over():
+        return _together(state, names, seed, processes)
+    _searched(state, names, seed, 0, 1)
+    return state.best
+
+
+def _searched(state: _State, names: Sequence[str], seed: int, index: int, count: int) -> None:
+    """Exact searches where they fit the memory, else a climb; `index` of `count` processes."""
+    whole = Whole(state.problem, arena_exact.ORDERS[0])
+    if EXACT in names and whole.tractable:
+        _exact(state, seed, index, count)
+    elif CLIMB in names:
+        _climbed(state, seed + index)
+
+
+# -- exact searches --------------------------------------------------------------------------------
+
+
+def _attempts(buffers: int, index: int, count: int) -> Iterator[_Attempt]:
+    """Without end, by rounds: every order as it is, and with noise but only a quarter of the nodes."""
+    nodes, turn = _FIRST * buffers, 0
+    while True:
+        for order in arena_exact.ORDERS:
+            turn += 1
+            if turn % count == index:
+                yield _Attempt(order, 0.0, nodes, 0.0)
+                yield _Attempt(order, _NOISE, max(nodes // _GROWTH, buffers), 0.5)
+                yield _Attempt(order, _NOISE, max(nodes // _GROWTH, buffers), 0.0)
+        nodes *= _GROWTH
+
+
+def _exact(state: _State, seed: int, index: int, count: int) -> None:
+    attempts = _attempts(len(state.problem), index, count)
+    for number, attempt in enumerate(attempts):
+        if state.over():
+            return
+        whole = Whole(state.problem, attempt.order, attempt.noise, seed + count * number + index)
+        hoped = max(state.goal, state.least)
+        span = (state.height() - whole.unit - hoped) // whole.unit
+        target = hoped + int(span * attempt.share) * whole.unit
+        nodes = min(attempt.nodes, state.steps - state.taken)
+        found = within(whole, target, Limits(nodes, state.deadline, state.reached))
+        state.taken += found.nodes + 1
+        if found.offsets is not None:
+            state.keep(Solution.of(state.problem, found.offsets))
+        elif found.certain:
+            state.least = max(state.least, (target // whole.unit + 1) * whole.unit)
+
+
+# -- climbs ----------------------------------------------------------------------------------------
+
+
+def _climbed(state: _State, seed: int) -> None:
+    """From one order after another, the best of them first."""
+    problem = state.problem
+    orders: list[tuple[int, str, Ints]] = []
+    for name, order in arena_greedy.ORDERS.items():
+        if state.over():
+            break
+        made = order(problem)
+        plan = Solution.of(problem, arena_greedy.place(problem, made, arena_greedy.best_fit))
+        state.keep(plan)
+        orders.append((plan.height, name, made))
+    orders.sort(key=lambda entry: entry[:2])
+    number = 0
+    while orders and not state.over():
+        moves = min(_MOVES * len(problem), state.steps - state.taken)
+        plan = climb(
+            problem,
+            orders[number % len(orders)][2],
+            deadline=state.deadline,
+            steps=moves,
+            seed=seed + 1000 * number,
+            stopped=lambda height: min(height, state.height()) <= max(state.goal, state.least),
+        )
+        state.taken += int(min(moves, state.steps)) + 1
+        state.keep(plan)
+        number += 1
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def _together(state: _State, names: Sequence[str], seed: int, processes: int) -> Solution:
+    """The same in each process, at other attempts, until one of them reaches what is hoped for."""
+    context = multiprocessing.get_context("spawn")
+    state.peer = context.Value("q", state.best.height)
+    ends: list[tuple[Any, Connection]] = []
+    for index in range(1, processes):
+        here, there = context.Pipe(duplex=False)
+        seconds = state.deadline - time.monotonic()
+        given = state.problem, state.goal, seconds, state.steps, state.peer
+        other = context.Process(
+            target=_worker, args=(given, names, seed, index, processes, there), daemon=True
+        )
+        other.start()
+        there.close()
+        ends.append((other, here))
+    _searched(state, names, seed, 0, processes)
+    best = state.best
+    for other, here in ends:
+        if here.poll(_LONG):
+            found: Solution = here.recv()
+            best = min(best, found, key=lambda plan: plan.height)
+        other.join()
+    return best
+
+
+def _worker(
+    given: tuple[Any, ...], names: Sequence[str], seed: int, index: int, count: int, end: Connection
+) -> None:
+    problem, goal, seconds, steps, peer = given
+    deadline = time.monotonic() + seconds
+    plan = arena_greedy.separate(problem)
+    state = _State(problem, plan, lower_bound(problem), goal, deadline, steps, peer)
+    _searched(state, names, seed, index, count)
+    end.send(state.best)
