@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.kernels import lowrank, multilinear
+from graphopt.kernels.threads import one_thread
 from graphopt.passes.linear import Layer
 
 Array = NDArray[Any]
@@ -331,7 +332,8 @@ METHODS: Final[tuple[Method, ...]] = tuple(FORMS)
 def split_of(layer: Layer, method: Method, rank: int, matrix: Array, gram: Array | None) -> Split:
     """The layer with weights [M, K] in a form, at a rank."""
     weights = np.asarray(matrix, np.float64).reshape(layer.shape[0], -1, *_kernel(layer))
-    factors = FORMS[method].factors(weights, gram, rank)
+    with one_thread():
+        factors = FORMS[method].factors(weights, gram, rank)
     return Split(method, tuple(np.ascontiguousarray(f, np.float32) for f in factors))
 
 

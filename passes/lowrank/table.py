@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from graphopt.edit import Editor
 from graphopt.ir import Model
 from graphopt.kernels.lowrank import spectrum
+from graphopt.kernels.threads import one_thread
 from graphopt.operators import MACS
 from graphopt.passes.fitting import Settings, each_moments
 from graphopt.passes.lowrank.allocation import allocate
@@ -95,14 +96,15 @@ def tabulate(
     total = sum(node_macs(edit, node, shapes) or own.get(node, 0) for node in nodes)
     options, kept, probes = {}, dict[str, Array](), {}
     for group, moments in each_group(model, groups, feeds, settings, progress):
-        found = group.options(methods, pooled(group, moments))
-        share = _of_variance(group, moments)
-        options[group.root] = [group.dense, *(replace(o, error=share * o.error) for o in found)]
         if len(group.layers) > 1 or not group.first.is_free:
             kept |= moments
-        if moments and len(options[group.root]) > 1:
-            ranks = [option.rank for option in options[group.root][1:]]
-            probes[group.root] = _probe(group, ranks, moments)
+        with one_thread():
+            found = group.options(methods, pooled(group, moments))
+            share = _of_variance(group, moments)
+            options[group.root] = [group.dense, *(replace(o, error=share * o.error) for o in found)]
+            if moments and len(options[group.root]) > 1:
+                ranks = [option.rank for option in options[group.root][1:]]
+                probes[group.root] = _probe(group, ranks, moments)
     return Ranks(groups, {g.root: options[g.root] for g in groups}, total, kept, probes)
 
 
