@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -112,7 +111,7 @@ class Sections:
 class Solution:
     """Where each buffer begins, in bytes, and the bytes that the arena needs."""
 
-    offsets: Mapping[Hashable, int]
+    offsets: Mapping[Any, int]
     height: int
 
     @classmethod
@@ -121,7 +120,7 @@ class Solution:
         found = np.where(problem.present, offsets, 0)
         tops = np.where(problem.present, found + problem.size, 0)
         named = dict(zip(problem.ids, found.tolist(), strict=True))
-        return cls(MappingProxyType(named), int(tops.max(initial=0)))
+        return cls(named, int(tops.max(initial=0)))
 
 
 def lower_bound(problem: Problem) -> int:

@@ -1,4 +1,4 @@
-"""Better orders by small changes: buffers at the peak of a plan come before some of their neighbours.
+"""Better orders by small changes: buffers at the peak of a plan come before some neighbours.
 
 As in the hill climbing of TVM's memory planner. For problems of any size: only what comes after a
 change in the order is placed again.

@@ -1,8 +1,8 @@
-"""The best plan in a given time: greedy ones first, then exact searches that begin anew, or a climb.
+"""The best plan in a given time: greedy ones, then exact searches in many orders, or a climb.
 
 Whether an exact search ends soon depends on luck with its order, so many are tried, each with few
-nodes, then with more; in turns at the bound, which often is the optimum even where it looks far away,
-and half way between it and the best plan so far.
+nodes, then with more; in turns at the bound, which often is the optimum even where it looks far
+away, and half way between it and the best plan so far.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
@@ -25,17 +25,19 @@ CLIMB: Final = "climb"
 ALL: Final = (*arena_greedy.STRATEGIES, EXACT, CLIMB)
 
 _FIRST: Final = 3  # nodes per buffer in the first round of exact searches
-_GROWTH: Final = 4  # of these from round to round
+_GROWTH: Final = 4  # of these from round to round; fewer for other hopes and orders with noise
+_SHARE: Final = 0.4  # of the way from what is hoped for to the best plan: what is tried for
+_EASIER: Final = 0.6  # of the share, after a plan was found
+_HARDER: Final = 0.8  # of the rest of the way, after none was
 _NOISE: Final = 0.15
 _MOVES: Final = 200  # of a climb, per buffer, before it begins anew
-_LONG: Final = 3600.0  # seconds a plan of another process is waited for beyond the given time
 
 
 class _Attempt(NamedTuple):
     order: str
     noise: float
     nodes: int
-    share: float  # of the way from what is hoped for to the best plan
+    hopeful: bool  # for what is hoped for, or for something between it and the best plan
 
 
 @dataclass
@@ -49,7 +51,7 @@ class _State:
     deadline: float
     steps: float
     peer: Any = None
-    taken: int = field(default=0)
+    taken: int = 0
 
     def height(self) -> int:
         return min(self.best.height, self.peer.value) if self.peer else self.best.height
@@ -80,11 +82,11 @@ def solve(
 ) -> Solution:
     """The lowest plan that is found in about `seconds`, by the named strategies of `ALL`.
 
-    Ends at once when the plan is known to be the best, or fits `capacity` bytes, which nothing is
-    sought below of. The greedy strategies always run to their end. Of equal seeds come equal plans
-    where `steps` (nodes of searches, plans of a climb) end it, and not the time. More than one process:
-    only worth it for seconds that outweigh the start of an interpreter, and only from a script
-    that can be imported (`if __name__ == "__main__"`). Raises ValueError for unknown strategies.
+    Ends at once when no plan can be lower, or when the plan fits `capacity` bytes. A greedy
+    strategy runs to its end, whatever the time. With one process, equal seeds give equal plans
+    where `steps` (nodes of searches, plans of a climb) end it rather than the time. Each further
+    process starts an interpreter; scripts then need `if __name__ == "__main__"`. Raises ValueError
+    for an unknown strategy.
     """
     start = time.monotonic()
     unknown = [name for name in strategies if name not in ALL]
@@ -117,30 +119,35 @@ def _searched(state: _State, names: Sequence[str], seed: int, index: int, count:
 
 
 def _attempts(buffers: int, index: int, count: int) -> Iterator[_Attempt]:
-    """Without end, by rounds: every order as it is, and with noise but only a quarter of the nodes."""
+    """Without end, in rounds: each order as it is, then for less, and with noise."""
     nodes, turn = _FIRST * buffers, 0
     while True:
         for order in arena_exact.ORDERS:
             turn += 1
             if turn % count == index:
-                yield _Attempt(order, 0.0, nodes, 0.0)
-                yield _Attempt(order, _NOISE, max(nodes // _GROWTH, buffers), 0.5)
-                yield _Attempt(order, _NOISE, max(nodes // _GROWTH, buffers), 0.0)
+                few = max(nodes // _GROWTH, buffers + buffers // 2)
+                yield _Attempt(order, 0.0, nodes, True)
+                yield _Attempt(order, 0.0, few, False)
+                yield _Attempt(order, _NOISE, few, False)
+                yield _Attempt(order, _NOISE, few, True)
         nodes *= _GROWTH
 
 
 def _exact(state: _State, seed: int, index: int, count: int) -> None:
     attempts = _attempts(len(state.problem), index, count)
+    share = _SHARE
     for number, attempt in enumerate(attempts):
         if state.over():
             return
         whole = Whole(state.problem, attempt.order, attempt.noise, seed + count * number + index)
         hoped = max(state.goal, state.least)
         span = (state.height() - whole.unit - hoped) // whole.unit
-        target = hoped + int(span * attempt.share) * whole.unit
+        target = hoped + (0 if attempt.hopeful else int(span * share) * whole.unit)
         nodes = min(attempt.nodes, state.steps - state.taken)
         found = within(whole, target, Limits(nodes, state.deadline, state.reached))
         state.taken += found.nodes + 1
+        if not attempt.hopeful:
+            share = share * _EASIER if found.offsets is not None else 1 - (1 - share) * _HARDER
         if found.offsets is not None:
             state.keep(Solution.of(state.problem, found.offsets))
         elif found.certain:
@@ -188,8 +195,8 @@ def _together(state: _State, names: Sequence[str], seed: int, processes: int) ->
     ends: list[tuple[Any, Connection]] = []
     for index in range(1, processes):
         here, there = context.Pipe(duplex=False)
-        seconds = state.deadline - time.monotonic()
-        given = state.problem, state.goal, seconds, state.steps, state.peer
+        until = time.time() + state.deadline - time.monotonic()
+        given = state.problem, state.goal, until, state.steps, state.peer
         other = context.Process(
             target=_worker, args=(given, names, seed, index, processes, there), daemon=True
         )
@@ -199,9 +206,8 @@ def _together(state: _State, names: Sequence[str], seed: int, processes: int) ->
     _searched(state, names, seed, 0, processes)
     best = state.best
     for other, here in ends:
-        if here.poll(_LONG):
-            found: Solution = here.recv()
-            best = min(best, found, key=lambda plan: plan.height)
+        found: Solution = here.recv()
+        best = min(best, found, key=lambda plan: plan.height)
         other.join()
     return best
 
@@ -209,8 +215,8 @@ def _together(state: _State, names: Sequence[str], seed: int, processes: int) ->
 def _worker(
     given: tuple[Any, ...], names: Sequence[str], seed: int, index: int, count: int, end: Connection
 ) -> None:
-    problem, goal, seconds, steps, peer = given
-    deadline = time.monotonic() + seconds
+    problem, goal, until, steps, peer = given
+    deadline = time.monotonic() + until - time.time()
     plan = arena_greedy.separate(problem)
     state = _State(problem, plan, lower_bound(problem), goal, deadline, steps, peer)
     _searched(state, names, seed, index, count)
