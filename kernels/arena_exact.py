@@ -28,7 +28,8 @@ from graphopt.kernels.arena import Ints, Problem
 Array = NDArray[Any]
 
 ORDERS: Final = ("TWA", "CAT", "WAT", "TCA", "TAW", "AWT")
-_JUDGED: Final = 4  # children of a node at once
+_JUDGED: Final = 4  # children of a node at once, fewer where the sections have more members than
+_MEMBERS: Final = 1 << 14
 _CLOCK: Final = 16  # nodes between looks at the clock
 _LARGEST: Final = 1 << 24  # pairs of buffers, or of buffers and sections, that are kept as arrays
 _HALF: Final = 1 << 29  # units: below it, sums of three fit 32 bits
@@ -86,8 +87,9 @@ class Whole:
 
     def ranked(self, ids: Ints, base: int, total: Array) -> Ints:
         """Open buffers, first to be tried first; `total` bytes are open in sections from base."""
-        crowd = [int(total[self.first[i] - base : self.last[i] - base].max()) for i in ids]
-        keys = {k: v[ids] for k, v in self.keys.items()} | {"T": np.array(crowd)}
+        spans = np.stack([self.first[ids], self.last[ids]], axis=1).ravel() - base
+        crowd = np.maximum.reduceat(np.append(total, 0), spans)[::2]
+        keys = {k: v[ids] for k, v in self.keys.items()} | {"T": crowd}
         return ids[np.lexsort([-keys[letter] for letter in reversed(self.order)])]
 
 
@@ -117,10 +119,9 @@ class _Part:
         live = (self.first <= sections[:, None]) & (sections[:, None] < self.last)
         rows, self.members = np.nonzero(live)
         self.starts = np.searchsorted(rows, sections)
-        self.load = live.T * self.size[:, None]
-        beside = (self.first[:, None] < self.last) & (self.first < self.last[:, None])
-        np.fill_diagonal(beside, False)
-        self.beside, self.mask = beside, beside.astype(total.dtype)
+        self.judged = max(1, min(_JUDGED, _MEMBERS // max(len(rows), 1)))
+        self.beside = (self.first[:, None] < self.last) & (self.first < self.last[:, None])
+        np.fill_diagonal(self.beside, False)
         self.cuts = _crossing(self.first, self.last, len(total))
 
 
@@ -146,6 +147,7 @@ class _Node:
     owner: int  # depth of the node at which the part came to be
     next: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     passed: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # their waits from then on
+    ends: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     most: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     judged: int = 0
     ready: list[tuple[int, Array]] = field(default_factory=list)
@@ -213,12 +215,10 @@ class _Search:
         following = np.flatnonzero((lowest < below) & (lowest >= least))
         if len(following):
             node.next = following[np.argsort(lowest[following], kind="stable")]
-            ends = np.maximum(lowest, least) + part.size
-            never = 2 * self.capacity
-            beside = part.beside.take(node.next, axis=0)
-            node.passed = np.where(beside, ends, never).min(1).astype(lowest.dtype)
+            node.passed = np.zeros_like(node.next, lowest.dtype)
+            node.ends = np.maximum(lowest, least) + part.size
             placed = lowest == self.capacity
-            node.most = np.where(placed, never, self.capacity - part.size)
+            node.most = np.where(placed, 2 * self.capacity, self.capacity - part.size)
 
     def judge(self, node: _Node) -> None:
         """Which of the next few buffers may be placed; no more of them if none can be passed over.
@@ -226,12 +226,14 @@ class _Search:
         Rows are states: each buffer placed and those before it passed over, then all passed over.
         """
         part, done = node.part, node.judged
-        chosen = node.next[done : done + _JUDGED]
+        chosen = node.next[done : done + part.judged]
         count = len(chosen)
         seen = node.next[: done + count]
         at = node.lowest[chosen]
         tops = (at + part.size[chosen])[:, None]
-        lowest = np.maximum(node.lowest, part.mask.take(chosen, axis=0) * tops)
+        beside = part.beside.take(chosen, axis=0)
+        node.passed[done : done + count] = np.where(beside, node.ends, 2 * self.capacity).min(1)
+        lowest = np.maximum(node.lowest, beside * tops)
         least = np.concatenate([lowest, node.lowest[None]])
         np.maximum(least, node.waits, out=least)
         before = np.arange(len(seen)) < np.arange(done, done + count + 1)[:, None]
@@ -242,7 +244,8 @@ class _Search:
         least[np.arange(count), chosen] = self.capacity
         needed = np.minimum.reduceat(np.take(least, part.members, axis=1), part.starts, axis=1)
         needed += node.total
-        needed[:count] -= part.load.take(chosen, axis=0)
+        for row, i in zip(needed, chosen.tolist(), strict=False):
+            row[part.first[i] : part.last[i]] -= part.size[i]
         fits &= np.all(needed <= self.capacity, axis=1)
         node.ready = [(done + z, lowest[z]) for z in np.flatnonzero(fits[:count])[::-1].tolist()]
         node.judged = done + count if fits[count] else len(node.next)
@@ -256,9 +259,9 @@ class _Search:
         waits = node.waits.copy()
         seen = node.next[:z]
         waits[seen] = np.maximum(waits[seen], node.passed[:z])
-        total = node.total - part.load[chosen]
         start, stop = int(part.first[chosen]), int(part.last[chosen]) - 1
-        cuts = node.cuts
+        total, cuts = node.total.copy(), node.cuts
+        total[start : stop + 1] -= part.size[chosen]
         if stop > start:
             cuts = cuts.copy()
             cuts[start:stop] -= 1

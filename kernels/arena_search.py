@@ -30,6 +30,7 @@ _SHARE: Final = 0.4  # of the way from what is hoped for to the best plan: what 
 _EASIER: Final = 0.6  # of the share, after a plan was found
 _HARDER: Final = 0.8  # of the rest of the way, after none was
 _NOISE: Final = 0.15
+_PLACED: Final = 5e-5, 4e-9  # seconds that a node takes, and for each section of each buffer
 _MOVES: Final = 200  # of a climb, per buffer, before it begins anew
 
 
@@ -48,6 +49,7 @@ class _State:
     best: Solution
     least: int  # no plan is lower
     goal: int  # a lower plan is not asked for
+    seconds: float
     deadline: float
     steps: float
     peer: Any = None
@@ -93,9 +95,8 @@ def solve(
     if unknown:
         raise ValueError(f"no strategy is called {unknown[0]!r}; there are {', '.join(ALL)}")
     bound = lower_bound(problem)
-    state = _State(
-        problem, arena_greedy.separate(problem), bound, capacity or 0, start + seconds, steps
-    )
+    plan = arena_greedy.separate(problem)
+    state = _State(problem, plan, bound, capacity or 0, seconds, start + seconds, steps)
     for name in strategies:
         if name in arena_greedy.STRATEGIES and not state.reached():
             state.keep(arena_greedy.STRATEGIES[name](problem))
@@ -107,9 +108,11 @@ def solve(
 
 
 def _searched(state: _State, names: Sequence[str], seed: int, index: int, count: int) -> None:
-    """Exact searches where they fit the memory, else a climb; `index` of `count` processes."""
+    """Exact searches where they fit memory and time, else a climb; `index` of `count` processes."""
     whole = Whole(state.problem, arena_exact.ORDERS[0])
-    if EXACT in names and whole.tractable:
+    node = _PLACED[0] + _PLACED[1] * int((whole.last - whole.first).sum())
+    quick = len(whole.used) * node < state.seconds or CLIMB not in names
+    if EXACT in names and whole.tractable and quick:
         _exact(state, seed, index, count)
     elif CLIMB in names:
         _climbed(state, seed + index)
@@ -196,7 +199,7 @@ def _together(state: _State, names: Sequence[str], seed: int, processes: int) ->
     for index in range(1, processes):
         here, there = context.Pipe(duplex=False)
         until = time.time() + state.deadline - time.monotonic()
-        given = state.problem, state.goal, until, state.steps, state.peer
+        given = state.problem, state.goal, state.seconds, until, state.steps, state.peer
         other = context.Process(
             target=_worker, args=(given, names, seed, index, processes, there), daemon=True
         )
@@ -215,9 +218,9 @@ def _together(state: _State, names: Sequence[str], seed: int, processes: int) ->
 def _worker(
     given: tuple[Any, ...], names: Sequence[str], seed: int, index: int, count: int, end: Connection
 ) -> None:
-    problem, goal, until, steps, peer = given
+    problem, goal, seconds, until, steps, peer = given
     deadline = time.monotonic() + until - time.time()
     plan = arena_greedy.separate(problem)
-    state = _State(problem, plan, lower_bound(problem), goal, deadline, steps, peer)
+    state = _State(problem, plan, lower_bound(problem), goal, seconds, deadline, steps, peer)
     _searched(state, names, seed, index, count)
     end.send(state.best)
