@@ -83,14 +83,22 @@ class SplitTimes:
         ]
 
     def chosen(self, chosen: Mapping[str, Option], rounds: int = 1) -> dict[str, float]:
-        """Milliseconds by group in a model split as chosen, with arbitrary numbers in it."""
+        """Milliseconds by group in a model split as chosen, with arbitrary numbers in it.
+
+        The whole model is timed in turns with it, and what its layers take now against what they
+        took at first says how busy the machine is.
+        """
         splits = {
             group.root: arbitrary(group.first, option.method, option.rank)
             for group in self._groups
             if (option := chosen.get(group.root)) is not None and option.method is not None
         }
         exporter.save(StagedRecipe((Stage(splits=splits),)).dense(self._lossless), self._file)
-        return self.of([self._file], rounds)[0]
+        now, split = self.of([self._lossless, self._file], rounds)
+        return {
+            root: ms * self.dense[root] / now[root] if now[root] > 0 else math.inf
+            for root, ms in split.items()
+        }
 
     def estimate(self, root: str, option: Option) -> float:
         """Milliseconds of a group as timed, or between timed ranks; infinite for others."""
