@@ -55,6 +55,7 @@ class Codebook:
         self._request = CodebookRequest(bits=bits or AUTO, **common)
         self._trial: Trial[CodebookRecipe] | None = None
         self._path: Path | None = None
+        self._tables: dict[tuple[str, int], Array] = {}  # as the search found them
 
     def read(self, decisions: Decisions, arrays: Mapping[str, Array], path: Path) -> None:
         """Take what a file decided."""
@@ -71,13 +72,15 @@ class Codebook:
         trial = kept_or_forced(outcome, self._remarks, force=self._request.force)
         if trial is not None:
             self.recipe, self._trial = trial.recipe, trial
+            self._tables = {key: coding.table for key, coding in outcome.codings.items()}
         return _account(outcome, self._request, trial, sizes, model_bytes(base))
 
     def applied(self, base: Path) -> Model:
         """The model with what was decided, as it is where that is nothing."""
         if self.recipe is None:
             return Model.load(base)
-        return applied_or_refused(self.recipe.apply, base, self._path)
+        recipe = self.recipe
+        return applied_or_refused(lambda file: recipe.apply(file, self._tables), base, self._path)
 
     def replayed(self, decisions: Decisions, base: Path, sizes: Sizes) -> CodebookRecord | None:
         """The account of decisions that were read."""

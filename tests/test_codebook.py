@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from rich.console import Console
 
-from graphopt import codebook_search, exporter
+from graphopt import codebook_search, exporter, optimize
 from graphopt.account import Remarks, Sizes
 from graphopt.codebook import Codebook
 from graphopt.codebook_report import NO_SPEED, CodebookDecision, CodebookRecord
@@ -32,6 +32,7 @@ from graphopt.passes.quantize.codebook import CodebookRecipe, CodebookWeights, t
 from graphopt.passes.quantize.weights import make_weight_only
 from graphopt.recorded import blank_decisions
 from graphopt.render.codebook import show_codebook
+from graphopt.render.results import show_report
 from graphopt.runtime import Session
 from tests import graphs
 from tests.optimized import applied, operators, run, sqnr, stored
@@ -569,6 +570,23 @@ def test_decisions_replay_to_the_same_bytes(tmp_path: Path) -> None:
     assert not other.is_wanted
 
 
+def test_tables_that_were_found_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.passes.quantize import codebook as rewrite
+
+    base = digits("mlp", tmp_path)
+    _, step = searched(base, tmp_path)
+    again = CodebookRecipe(step.recipe.bits).apply(base) if step.recipe else None
+    assert again is not None
+
+    def fails(*_: Any) -> Any:
+        raise AssertionError("it is k-means once more")
+
+    monkeypatch.setattr(rewrite, "table_of", fails)
+    assert exporter.to_proto(step.applied(base)) == exporter.to_proto(again)
+
+
 def test_decisions_that_do_not_fit(tmp_path: Path) -> None:
     base = digits("mlp", tmp_path, None)
     for bits, message in (
@@ -580,6 +598,15 @@ def test_decisions_that_do_not_fit(tmp_path: Path) -> None:
         step.read(decisions(codebook=decision), {}, Path("d.json"))
         with pytest.raises(UsageError, match=message):
             step.applied(base)
+
+
+def test_parameters_are_not_counted_where_they_are_indices(tmp_path: Path) -> None:
+    """3.5 thousand floats instead of 46 would be true, and say nothing."""
+    console = Console(width=80, record=True, file=(tmp_path / "screen").open("w"))
+    report = optimize(DIGITS / "mlp.onnx", codebook=8, data=DATA).report
+    show_report(report, console)
+    assert "weights" in (shown := console.export_text())
+    assert "parameters" not in shown
 
 
 def test_the_screen(tmp_path: Path) -> None:

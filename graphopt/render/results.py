@@ -99,7 +99,7 @@ def _sizes(report: Report) -> Table:
     if _CONSTANT in before.operators:  # they take no time: the rest says more
         rest = [stats.nodes - stats.operators.get(_CONSTANT, 0) for stats in (before, after)]
         rows.append(("that compute", rest[0], rest[1], "{:,}".format))
-    if report.int8 is None:  # integers are not counted among them
+    if report.int8 is None and report.codebook is None:  # integers are not counted among them
         rows.append(("parameters", before.parameters, after.parameters, text.count))
     rows.append(("weights", before.weight_bytes, after.weight_bytes, text.size))
     if report.target is not None:
