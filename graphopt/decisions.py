@@ -27,6 +27,7 @@ from graphopt.record import Record
 from graphopt.report import Host, version
 
 SCHEMA_VERSION: Final = 1
+WEIGHTS: Final = ".npz"  # behind the name of a file: numbers that steps fitted, beside it
 _CHUNK: Final = 1 << 20  # bytes that are hashed at a time
 _ENTRIES: Final = frozenset({"regions", "tensors", "biases"})
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from graphopt import exporter
 from graphopt.account import Remarks, Sizes
 from graphopt.codebook import Codebook
-from graphopt.decisions import Decisions, load_decisions, sha256
+from graphopt.decisions import WEIGHTS, Decisions, load_decisions, sha256
 from graphopt.errors import RuntimeFailure, UsageError
 from graphopt.fingerprint import fingerprint
 from graphopt.int8 import Int8
@@ -35,7 +35,7 @@ from graphopt.low_rank_report import LowRankRecord
 from graphopt.manager import run_pipeline
 from graphopt.output import Target, output_errors
 from graphopt.passes.canonicalize.fix_shapes import FixShapes
-from graphopt.passes.prune.sparse import Sparsify
+from graphopt.passes.prune.sparse import Sparsify, has_sparse
 from graphopt.prover import Candidate, Progress
 from graphopt.prune import Prune
 from graphopt.recorded import Setting, blank_decisions, check_lossless, replay_notes
@@ -45,7 +45,6 @@ from graphopt.step_report import StepRecord
 from graphopt.wanted import Wanted
 
 Array = NDArray[Any]
-WEIGHTS: Final = ".npz"  # behind the name of the decisions: weights that steps fitted
 _DAMAGE: Final = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
 
 
@@ -150,7 +149,6 @@ class Lossy:
             "seed": seed,
             "custom_ops": tuple(custom_ops),
             "force": wanted.force,
-            # Int8 too: it is judged on the feeds that no layer was fitted on.
             # All of them: they are judged on the feeds that no layer was fitted on.
             "holds_out": wanted.fits(data),
         }
@@ -231,7 +229,9 @@ class Lossy:
             is_split = bool(self._low_rank.alternatives) and not self._prune.is_wanted
             if step is self._int8 and is_split:
                 base, found = self._with_int8(original, lossless, folder, sizes, clock)
-                records |= found
+                name = self._low_rank.name
+                spent = {"seconds": records[name].seconds}  # by its own search
+                records |= {**found, name: found[name].model_copy(update=spent)}
             else:
                 records[step.name] = step.search(original, base, folder, sizes, clock)
                 base = _file(step, base, folder)
@@ -271,7 +271,8 @@ class Lossy:
     def _finish(self, candidate: Candidate, base: Path) -> None:
         """Make the candidate what was decided."""
         candidate.model = Model.load(base)
-        if self._prune.has_zeros:
+        # What came in sparse was made dense for the steps: the file would grow by all its zeros.
+        if self._prune.has_zeros or has_sparse(Model.load(self._source)):
             run_pipeline(candidate.model, [Sparsify()])
         candidate.write(self._tell)
 
@@ -357,6 +358,8 @@ def refusal(record: StepRecord) -> str:
     """Why nothing is written, and what can be done about it, in one line."""
     tried = record.trials
     hint = ""
+    if isinstance(record, LowRankRecord) and record.to_lossless and record.to_lossless.low > 1:
+        return record.reason  # it pays by itself, and gave way: forcing it changes nothing
     if record.candidate and any(each.good for each in tried):
         hint = "; --force writes the fastest good one all the same"
     elif tried:

@@ -47,6 +47,8 @@ class LowRank:
         self.is_wanted = decisions.low_rank is not None
         if self.is_wanted:
             self.recipe = StagedRecipe.of(arrays)
+            if not arrays:
+                raise ValueError("there are no factors in it")
 
     def search(
         self, original: Path, base: Path, folder: Path, sizes: Sizes, tell: Tell
@@ -71,6 +73,10 @@ class LowRank:
         """Keep another of the candidates, or none; the new account."""
         assert self._outcome is not None
         self._trial, self.recipe = trial, None if trial is None else trial.recipe
+        forced = f"forced: {self._outcome.reason}"
+        others = [warning for warning in self._remarks.warnings if warning != forced]
+        is_forced = trial is not None and bool(self._outcome.reason)
+        self._remarks.warnings = [*others, forced] if is_forced else others
         return low_rank_account(self._outcome, self._request, trial, sizes)
 
     def applied(self, base: Path) -> Model:

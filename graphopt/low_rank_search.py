@@ -180,10 +180,14 @@ class LowRanking:
             progress=lambda done: self._tell("measuring what layers tell", done),
         )
         options = {
-            root: [replace(each, error=each.error * self._harms.get(root, 1.0)) for each in found]
+            root: [
+                # What loses nothing does no harm, however much another form of the layer does.
+                replace(each, error=each.error and each.error * self._harms.get(root, 1.0))
+                for each in found
+            ]
             for root, found in ranks.options.items()
         }
-        return replace(ranks, options=options)
+        return replace(ranks, options=options, probes={})  # weights that are not needed again
 
     @property
     def _timed(self) -> SplitTimes:
@@ -240,6 +244,7 @@ class LowRanking:
                 dear = chosen[root]
                 options[root] = [o for o in options[root] if o.method != dear.method]
                 chosen[root] = options[root][0]
+                ms[root] = self._timed.dense[root]
         return chosen, ms
 
     # -- candidates --------------------------------------------------------------------------------
@@ -259,7 +264,8 @@ class LowRanking:
         """The candidate of a share, of layers that pay; None where there are none."""
         chosen, ms = self._chosen(share)
         left = self._table.left(chosen)
-        if self._request.share != AUTO and left > share + _MISSED:
+        is_split = any(option.method is not None for option in chosen.values())
+        if is_split and self._request.share != AUTO and left > share + _MISSED:
             self._notes.append(
                 f"{left:.0%} of the MACs are left, not {share:.0%}: other layers are not faster "
                 "when they are split"

@@ -10,6 +10,7 @@ from typing import Final
 
 from graphopt.codebook_search import BitsAsked
 from graphopt.compress import MODES, Mode
+from graphopt.decisions import WEIGHTS
 from graphopt.errors import UsageError
 from graphopt.judging import Budget
 from graphopt.metric import load_metric
@@ -211,6 +212,11 @@ class Wanted:
             place = self.decisions.resolve()
             if any(place == model.resolve() for model in models):
                 raise UsageError(f"decisions {self.decisions}: that is a model of this run")
+            beside = place.with_name(place.name + WEIGHTS)
+            if data is not None and Path(data).resolve() in (place, beside):
+                raise UsageError(f"decisions {self.decisions}: they would replace the data {data}")
+            if data is not None and Path(data).resolve() == place.parent:
+                raise UsageError(f"decisions {self.decisions}: they would be taken for data there")
         if self.budget.metric is not None and self.replay is None:
             load_metric(self.budget.metric)
 

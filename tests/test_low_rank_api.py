@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,6 +185,36 @@ def test_what_turns_out_slow_in_company_stays(monkeypatch: pytest.MonkeyPatch) -
     assert next(calls) > 1
 
 
+def test_a_layer_given_up_at_last_takes_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt import low_rank_search
+
+    plain = low_rank_search.SplitTimes.chosen
+    slow = "/7/second/second.1/BatchNormalization_output_0"
+
+    def chosen(self: Any, chosen: Any, rounds: int = 1) -> dict[str, float]:
+        found = plain(self, chosen, rounds)
+        return found if chosen[slow].method is None else {**found, slow: 9e9}
+
+    monkeypatch.setattr(low_rank_search, "_CHECKS", 1)
+    monkeypatch.setattr(low_rank_search.SplitTimes, "chosen", chosen)
+    found = split(CNN, low_rank=0.3, max_drop=2.0, force=True)
+    (one,) = (layer for layer in found.layers if layer.root == slow)
+    assert (one.method, one.ms_after) == ("", one.ms_before)
+    assert any(layer.method for layer in found.layers)
+
+
+def test_layers_whose_harm_is_infinite_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the model fails with other weights in them."""
+    from graphopt import low_rank_search
+
+    roots = {layer.root for layer in split(CNN, low_rank=0.6, max_drop=2.0, force=True).layers}
+    for fatal in sorted(roots):
+        monkeypatch.setattr(low_rank_search, "harms", lambda *_, x=fatal, **__: {x: math.inf})
+        found = split(CNN, low_rank=0.7, max_drop=2.0, force=True)
+        assert fatal in {layer.root for layer in found.layers if not layer.method}
+        assert sum(bool(layer.method) for layer in found.layers) > 1
+
+
 # -- what is not -----------------------------------------------------------------------------------
 
 
@@ -217,6 +249,7 @@ def test_no_layer_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(report, Report)
     assert report.low_rank is not None
     assert report.low_rank.layers == []
+    assert report.low_rank.notes == []  # no others are left either
 
 
 def test_no_layers_at_all(tmp_path: Path) -> None:
@@ -320,6 +353,38 @@ def test_factors_of_something_else(tmp_path: Path) -> None:
     )
 
 
+def test_decisions_leave_the_data_alone(tmp_path: Path) -> None:
+    data = tmp_path / "calibration.npz"
+    shutil.copy(DIGITS / "calibration.npz", data)
+    before = data.read_bytes()
+    for place, folder in ((tmp_path / "calibration", data), (tmp_path / "d.json", tmp_path)):
+        with pytest.raises(UsageError, match=r"decisions .*: they would "):
+            optimize(CNN, data=str(folder), low_rank=0.5, max_drop=0.2, decisions=place)
+    assert data.read_bytes() == before
+    assert names(tmp_path) == ["calibration.npz"]
+
+
+def test_decisions_without_their_factors(tmp_path: Path) -> None:
+    decisions = tmp_path / "d.json"
+    optimize(CNN, low_rank=0.5, max_drop=0.2, decisions=decisions)
+    text = decisions.read_text()
+    decisions.write_text(text.replace(load_decisions(decisions).weights, ""))
+    with pytest.raises(UsageError, match="there are no factors in it"):
+        optimize(CNN, tmp_path / "out.onnx", replay=decisions)
+
+
+def test_what_came_in_sparse_is_written_sparse(tmp_path: Path) -> None:
+    source, out, again = (tmp_path / f"{name}.onnx" for name in ("source", "out", "again"))
+    optimize(CNN, source, sparsity=0.9, max_drop=2.0)
+    options: dict[str, Any] = {"low_rank": 0.9, "max_drop": 2.0, "decisions": tmp_path / "d.json"}
+    found = split(source, out, **options)
+    assert any(not layer.method for layer in found.layers)
+    assert len(onnx.load(out).graph.sparse_initializer) > 0
+    assert found.bytes == out.stat().st_size < CNN.stat().st_size
+    optimize(source, again, replay=tmp_path / "d.json")
+    assert out.read_bytes() == again.read_bytes()
+
+
 # -- together --------------------------------------------------------------------------------------
 
 
@@ -349,6 +414,8 @@ def test_low_rank_and_int8_together(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert report.int8.kept
     assert operators(out)["DequantizeLinear"] > 0
     assert operators(out)["Conv"] > 11
+    assert "fitting layers" in report.low_rank.seconds
+    assert "calibrating" in report.int8.seconds
 
 
 def test_int8_alone_where_that_is_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,8 +426,14 @@ def test_int8_alone_where_that_is_faster(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert report.int8 is not None
     assert (report.low_rank.kept, report.int8.kept) == (False, True)
     assert report.low_rank.reason.startswith("int8 alone is faster: ")
-    assert any(w.startswith("low rank: int8 alone is faster") for w in report.warnings)
+    assert report.warnings == [f"low rank: {report.low_rank.reason}"]  # nothing to be forced
     assert operators(tmp_path / "out.onnx")["Conv"] == 11
+    # What was forced and then left out after all is not said to be forced.
+    monkeypatch.setattr(search, "time_paired", by_folder(low_rank=0.9, **{"0": 0.8, "1": 3.0}))
+    report = both(output=tmp_path / "out.onnx", force=True)
+    assert report.low_rank is not None
+    assert not report.low_rank.kept
+    assert not any(warning.startswith("forced") for warning in report.warnings)
 
 
 def test_low_rank_alone_where_int8_comes_to_nothing(

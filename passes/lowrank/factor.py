@@ -7,9 +7,9 @@ up for what was lost before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -19,12 +19,13 @@ from graphopt.edit import Editor
 from graphopt.ir import Model, Value
 from graphopt.kernels.lowrank import weighted_error
 from graphopt.passes.fitting import Fitted, Settings, fit
-from graphopt.passes.linear import Layer
+from graphopt.passes.linear import Layer, linear_layers
 from graphopt.passes.lowrank.forms import Method, Split, split_of
 from graphopt.passes.lowrank.options import Option, Splittable, pooled
 from graphopt.runtime import Feed
 
 Array = NDArray[Any]
+_ZEROS: Final = 0.05  # share of zeros that are no accident, and stay zeros
 
 
 @dataclass
@@ -67,7 +68,18 @@ def factor(
             _give(edit, group, work(group.first.matrix(), pooled(group, known or {})))
     edit.settle()
     if feeds is not None:
-        found.fitted = fit(dense, edit, {}, feeds, settings, narrow=narrow, progress=progress)
+        masks = _zeros(edit, narrow)
+        found.fitted = fit(dense, edit, masks, feeds, settings, narrow=narrow, progress=progress)
+    return found
+
+
+def _zeros(edit: Editor, split: Collection[str]) -> dict[str, Array]:
+    """Where the weights of layers that are not `split` are none: zeros that somebody put there."""
+    found = {}
+    for layer in linear_layers(edit):
+        mask = layer.matrix() != 0
+        if layer.is_free and layer.root not in split and np.mean(mask) < 1 - _ZEROS:
+            found[layer.root] = mask
     return found
 
 
