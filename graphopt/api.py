@@ -111,10 +111,10 @@ def optimize(
     "magnitude") or channels ("obs", "activation", "l1", "l2", "apoz") are chosen, `recover` how the
     rest is fitted again ("lsq", "moments", "none").
 
-    `low_rank` splits layers into products of smaller ones until this share of the MACs is left
-    ("auto": what the budget allows), only those that are measured to be faster for it; it is kept
-    where the model is faster. `low_rank_method` says into what: "svd", "channel", "spatial",
-    "tucker", "cp", or the best of the first four ("auto").
+    `low_rank` goes before these: it splits layers into products of smaller ones until this share of
+    the MACs is left ("auto": what the budget allows), only those that are measured to be faster for
+    it; it is kept where the model is faster. `low_rank_method` says into what: "svd", "channel",
+    "spatial", "tucker", "cp", or the best of the first four ("auto").
 
     `int8` follows, for the target "ort-cpu": it is kept where it is faster. `codebook` comes last:
     weights as tables of 256 numbers (8) or 16 (4), or what the budget allows ("auto"), and indices;

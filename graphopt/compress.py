@@ -29,7 +29,7 @@ from graphopt.passes.quantize.recipe import (
     table_regions,
 )
 from graphopt.search import Trial, Winner
-from graphopt.selection import Asked, Selection, Tell
+from graphopt.selection import Asked, Selection, Tell, lost
 from graphopt.statistics import Statistics, sweep
 from graphopt.targets import has_vnni
 
@@ -354,7 +354,7 @@ class Compression:
         if not trials:
             return "there is nothing in it that can run on integers"
         if winner.trial is None:
-            best = min(trials, key=lambda trial: trial.verdict.drop)
+            best = min(trials, key=lost)
             return f"no candidate is good enough; the best of them: {best.verdict.text}"
         ratio = winner.against_lossless[winner.trial.name]
         if self._request.mode == "weights" and not ratio.significantly_slower:

@@ -287,6 +287,10 @@ class Lossy:
         int8 = records.get(self._int8.name)
         if int8 is not None and int8.kept:
             records[self._int8.name] = int8.model_copy(update={"notes": self.remarks.notes})
+        elif self._replay is not None and records:
+            name, last = list(records.items())[-1]
+            notes = [*last.notes, *self.remarks.notes]
+            records[name] = last.model_copy(update={"notes": notes})
         return Kept(records)
 
     def _replayed(self, candidate: Candidate, lossless: Path, mark: str, sizes: Sizes) -> Kept:
@@ -363,7 +367,9 @@ def refusal(record: StepRecord) -> str:
     if record.candidate and any(each.good for each in tried):
         hint = "; --force writes the fastest good one all the same"
     elif tried:
-        hint = "; --max-drop lets more be lost, --force writes the best of them all the same"
+        by_noise = record.min_sqnr is not None and record.metric is None
+        more = "a lower --min-sqnr" if by_noise else "--max-drop"
+        hint = f"; {more} lets more be lost, --force writes the best of them all the same"
     return f"{record.reason}{hint}"
 
 

@@ -17,7 +17,7 @@ from graphopt.low_rank_search import AUTO, LowRanking, LowRankOutcome, LowRankRe
 from graphopt.passes.recipe import StagedRecipe
 from graphopt.recorded import Setting, applied_or_refused
 from graphopt.search import Trial
-from graphopt.selection import Tell
+from graphopt.selection import Tell, lost
 from graphopt.wanted import LowRankWanted
 
 Array = NDArray[Any]
@@ -66,7 +66,8 @@ class LowRank:
         if self._outcome is None or self._trial is None:
             return []
         good = [trial for trial in self._outcome.trials if trial.verdict.good]
-        gentle = min(good, key=lambda trial: trial.verdict.drop, default=self._trial)
+        left = self._outcome.left
+        gentle = min(good, key=lambda x: (*lost(x), -left[x.name]), default=self._trial)
         return [self._trial] if gentle is self._trial else [self._trial, gentle]
 
     def choose(self, trial: Trial[StagedRecipe] | None, sizes: Sizes) -> LowRankRecord:

@@ -23,7 +23,7 @@ from graphopt.passes.recipe import Stage, StagedRecipe
 from graphopt.passes.work import sizes_wanted
 from graphopt.runtime import Feed
 from graphopt.search import Trial, Winner
-from graphopt.selection import Asked, Selection, Tell, slower
+from graphopt.selection import Asked, Selection, Tell, lost, slower
 from graphopt.split_harm import harms
 from graphopt.split_times import SplitTimes
 from graphopt.statistics import sweep
@@ -338,7 +338,7 @@ class LowRanking:
         if not trials:
             return "there are no layers in it that are faster here when they are split"
         if winner.trial is None:
-            best = min(trials, key=lambda trial: trial.verdict.drop)
+            best = min(trials, key=lost)
             return (
                 f"no candidate is good enough; the best of them, {best.name}: {best.verdict.text}"
             )

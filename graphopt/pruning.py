@@ -25,7 +25,7 @@ from graphopt.passes.recipe import Stage, StagedRecipe
 from graphopt.report import model_bytes
 from graphopt.runtime import Feed
 from graphopt.search import Trial, Winner
-from graphopt.selection import Asked, Selection, Tell, slower
+from graphopt.selection import Asked, Selection, Tell, lost, slower
 
 AUTO: Final = "auto"
 Share = float | Literal["auto"]
@@ -288,7 +288,7 @@ class Pruning:
         if not trials:
             return "there are no channels in it that can go, nor weights"
         if last is None or winner.trial is None:
-            best = min(trials, key=lambda trial: trial.verdict.drop)
+            best = min(trials, key=lost)
             return (
                 f"no candidate is good enough; the best of them, {best.name}: {best.verdict.text}"
             )

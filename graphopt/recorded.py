@@ -136,7 +136,7 @@ def replay_notes(decisions: Decisions, path: Path) -> tuple[list[str], list[str]
             f"decisions {path}: made for a CPU that multiplies 8-bit weights exactly "
             f"({decisions.host.cpu}); this one may saturate, so the result can be worse here"
         )
-    if bits != _FULL_BITS and has_vnni():
+    if bits not in (None, _FULL_BITS) and has_vnni():
         notes.append(f"made for a CPU without VNNI: weights have {bits} bits, 8 would do here")
     here = report.host().versions
     for name, version in sorted(decisions.versions.items()):

@@ -168,7 +168,13 @@ def _is_held(number: int) -> bool:
 def least_bad(trials: Iterable[Trial[R]]) -> Trial[R] | None:
     """Of all that run the one that loses least."""
     running = [trial for trial in trials if isinstance(trial.verdict, Judged)]
-    return min(running, key=lambda trial: trial.verdict.drop, default=None)
+    return min(running, key=lost, default=None)
+
+
+def lost(trial: Trial[R]) -> tuple[float, float]:
+    """What a candidate loses; of those that agree alike, those with less noise lose less."""
+    quality = trial.verdict.quality if isinstance(trial.verdict, Judged) else None
+    return trial.verdict.drop, 0.0 if quality is None else quality.noise
 
 
 def slower(ratios: Mapping[str, Ratio], name: str) -> str:

@@ -47,7 +47,9 @@ class StepRecord(Record):
     feeds: int = Field(default=0, description="that it learned from; 0: from none")
     bytes_original: int
     bytes_lossless: int
-    bytes: int | None = None
+    bytes: int | None = Field(
+        default=None, description="of the file with all steps in it, where it is kept"
+    )
     ms_original: float | None = None
     ms_lossless: float | None = None
     ms: float | None = Field(default=None, description="median milliseconds per run, as timed")

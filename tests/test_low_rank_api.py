@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 import graphopt
 from graphopt import macs, search
@@ -22,6 +23,7 @@ from graphopt.judging import Judge
 from graphopt.low_rank_report import LowRankRecord
 from graphopt.low_rank_search import SHARES
 from graphopt.passes.lowrank.options import Option, Splittable
+from graphopt.render.results import show_report
 from graphopt.report import Report
 from graphopt.runtime import Session
 from graphopt.search import Verdict
@@ -239,6 +241,20 @@ def test_what_loses_too_much_is_not_written(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_of_all_that_agree_the_one_with_least_noise_is_best(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"low_rank": "auto", "min_sqnr": 90.0}
+    with pytest.raises(RefusedError) as caught:
+        optimize(CNN, tmp_path / "out.onnx", **options)
+    found = split(CNN, **options, force=True)
+    tried = {trial.left: trial.name for trial in found.candidates if trial.drop == 0}
+    assert len(tried) > 1
+    assert found.candidate == tried[max(tried)]
+    assert str(caught.value).startswith(
+        f"nothing written: no candidate is good enough; the best of them, {found.candidate}: "
+    )
+    assert "; a lower --min-sqnr lets more be lost, " in str(caught.value)
+
+
 def test_no_layer_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decide_layers(monkeypatch, lambda group, option: 1.0)
     with pytest.raises(RefusedError) as caught:
@@ -364,6 +380,16 @@ def test_decisions_leave_the_data_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["calibration.npz"]
 
 
+def test_other_versions_are_told(tmp_path: Path) -> None:
+    decisions = tmp_path / "d.json"
+    optimize(CNN, low_rank=0.5, max_drop=0.2, decisions=decisions)
+    found = load_decisions(decisions)
+    other = {**found.versions, "onnxruntime": "0.1"}
+    found.model_copy(update={"versions": other}).save(decisions)
+    notes = split(CNN, replay=decisions).notes
+    assert [n.partition(",")[0] for n in notes] == ["made with onnxruntime 0.1"]
+
+
 def test_decisions_without_their_factors(tmp_path: Path) -> None:
     decisions = tmp_path / "d.json"
     optimize(CNN, low_rank=0.5, max_drop=0.2, decisions=decisions)
@@ -446,6 +472,19 @@ def test_low_rank_alone_where_int8_comes_to_nothing(
     assert report.int8 is not None
     assert (report.low_rank.kept, report.int8.kept) == (True, False)
     assert operators(tmp_path / "out.onnx")["DequantizeLinear"] == 0
+
+
+def test_the_size_is_told_once(tmp_path: Path) -> None:
+    """By the last step that is kept: it is that of the file."""
+    report = optimize(CNN, tmp_path / "b.onnx", low_rank=0.6, codebook=8, max_drop=0.3)
+    console = Console(width=100, record=True, file=(tmp_path / "screen").open("w"))
+    show_report(report, console)
+    shown = console.export_text()
+    assert shown.count("against the model before") == 1
+    assert " %) against the lossless model" not in shown
+    alone = optimize(CNN, low_rank=0.6, max_drop=0.3)
+    show_report(alone, console)
+    assert " %) against the lossless model" in console.export_text()
 
 
 def test_tables_after_low_rank(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,9 @@ from graphopt.render.listings import speed_line
 from graphopt.render.low_rank import show_low_rank
 from graphopt.render.prune import show_prune
 from graphopt.report import Report, ValidationRecord
+from graphopt.step_report import StepRecord
 
+R = TypeVar("R", bound=StepRecord)
 _ROWS = 8  # of every list: the whole account is in the report
 _CONSTANT = "Constant"
 _STYLES = {"proved": "bold green", "failed": "bold red", "unproven": "bold yellow"}
@@ -71,14 +74,24 @@ def _is_lossy(report: Report) -> bool:
 
 def _show_steps(report: Report, console: Console, *, every_candidate: bool = False) -> None:
     """What became of each lossy step, in order."""
-    if report.low_rank is not None:
-        show_low_rank(report.low_rank, console, every_candidate=every_candidate)
-    if report.prune is not None:
-        show_prune(report.prune, console, every_candidate=every_candidate)
+    low_rank, prune = report.low_rank, report.prune
+    later = [step for step in (report.int8, report.codebook) if step is not None and step.kept]
+    # The size of the file is that of all steps: it is told once, by the last of them.
+    if low_rank is not None:
+        is_last = not later and not (prune is not None and prune.kept)
+        shown = low_rank if is_last or not low_rank.kept else _without_size(low_rank)
+        show_low_rank(shown, console, every_candidate=every_candidate)
+    if prune is not None:
+        shown_prune = _without_size(prune) if later and prune.kept else prune
+        show_prune(shown_prune, console, every_candidate=every_candidate)
     if report.int8 is not None:
         show_int8(report.int8, console, every_candidate=every_candidate)
     if report.codebook is not None:
         show_codebook(report.codebook, console, every_candidate=every_candidate)
+
+
+def _without_size(record: R) -> R:
+    return record.model_copy(update={"bytes": None})
 
 
 def _warnings(report: Report) -> list[tuple[str, Text | str]]:
