@@ -31,6 +31,7 @@ _EASIER: Final = 0.6  # of the share, after a plan was found
 _HARDER: Final = 0.8  # of the rest of the way, after none was
 _NOISE: Final = 0.15
 _PLACED: Final = 5e-5, 4e-9  # seconds that a node takes, and for each section of each buffer
+_ALWAYS: Final = 2  # greedy strategies that are tried whatever the time
 _MOVES: Final = 200  # of a climb, per buffer, before it begins anew
 
 
@@ -84,8 +85,8 @@ def solve(
 ) -> Solution:
     """The lowest plan that is found in about `seconds`, by the named strategies of `ALL`.
 
-    Ends at once when no plan can be lower, or when the plan fits `capacity` bytes. A greedy
-    strategy runs to its end, whatever the time. With one process, equal seeds give equal plans
+    Ends at once when no plan can be lower, or when the plan fits `capacity` bytes. The first two
+    greedy strategies run whatever the time. With one process, equal seeds give equal plans
     where `steps` (nodes of searches, plans of a climb) end it rather than the time. Each further
     process starts an interpreter; scripts then need `if __name__ == "__main__"`. Raises ValueError
     for an unknown strategy.
@@ -97,8 +98,8 @@ def solve(
     bound = lower_bound(problem)
     plan = arena_greedy.separate(problem)
     state = _State(problem, plan, bound, capacity or 0, seconds, start + seconds, steps)
-    for name in strategies:
-        if name in arena_greedy.STRATEGIES and not state.reached():
+    for number, name in enumerate(n for n in strategies if n in arena_greedy.STRATEGIES):
+        if not state.reached() and (number < _ALWAYS or not state.over()):
             state.keep(arena_greedy.STRATEGIES[name](problem))
     names = [name for name in strategies if name in (EXACT, CLIMB)]
     if processes > 1 and names and not state.over():
