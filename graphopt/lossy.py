@@ -407,7 +407,7 @@ def _file(step: Step, base: Path, folder: Path) -> Path:
     model = step.applied(base)
     if not model.graph.edited:
         return base
-    target = folder / "made.onnx"
+    target = folder / f"{step.name}.onnx"  # not `base` itself, which is read meanwhile
     exporter.save(model, target)
     return target
 

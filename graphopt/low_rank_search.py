@@ -33,7 +33,8 @@ Share = float | Literal["auto"]
 SHARES: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of MACs, tried for "auto"
 FIT_FEEDS: Final = 256  # samples of feeds are more: this many feeds tell what a layer does
 _HARM_FEEDS: Final = 16  # on which the harm of single layers is measured
-_CHECKS: Final = 3  # rounds in which what turned out slow is left whole
+_CHECKS: Final = 5  # rounds in which what turned out slow is given up
+_ROUNDS: Final = 3  # of profiles in each
 _MISSED: Final = 0.02  # of the MACs: a share that is missed by more is told
 
 
@@ -225,13 +226,14 @@ class LowRanking:
     def _chosen(self, share: float) -> tuple[dict[str, Option], dict[str, float]]:
         """What loses least for its time, and what each layer takes then, timed all together.
 
-        What turns out not to pay is left whole, and others take its place.
+        What turns out not to pay is given up, and others take its place; in the end layers are
+        left whole.
         """
         options, chosen, ms = self._priced(), dict[str, Option](), dict[str, float]()
         for check in range(_CHECKS):
             chosen = self._table.allocated(share, options)
             self._tell("checking what layers take", check / _CHECKS)
-            ms = self._timed.chosen(chosen, rounds=_CHECKS)
+            ms = self._timed.chosen(chosen, rounds=_ROUNDS)
             slow = [
                 group.root
                 for group in self._table.groups
@@ -242,7 +244,7 @@ class LowRanking:
                 return chosen, ms
             for root in slow:
                 dear = chosen[root]
-                options[root] = [o for o in options[root] if o.method != dear.method]
+                options[root] = [o for o in options[root] if o is not dear]
                 chosen[root] = options[root][0]
                 ms[root] = self._timed.dense[root]
         return chosen, ms

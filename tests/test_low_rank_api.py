@@ -495,3 +495,26 @@ def test_tables_after_low_rank(tmp_path: Path) -> None:
     assert alone.bytes is not None
     assert report.codebook.bytes == (tmp_path / "b.onnx").stat().st_size < 0.75 * alone.bytes
     assert operators(tmp_path / "b.onnx")["Gather"] > 0
+
+
+def test_no_step_writes_over_what_it_reads(tmp_path: Path) -> None:
+    """Weights are ranges of the file before: written over, it would be lost while it is read."""
+    model = weighted(
+        "(float[n,600] x, float[600,600] w, float[600,8] w2) => (float[n,8] y)"
+        " { h = MatMul(x, w) r = Relu(h) y = MatMul(r, w2) }"
+    )
+    report = graphopt.optimize(
+        model,
+        tmp_path / "out.onnx",
+        low_rank=0.5,
+        low_rank_method="svd",
+        int8="dynamic",
+        target="ort-cpu",
+        max_drop=1.0,
+        force=True,
+    ).report
+    assert report.low_rank is not None
+    assert report.int8 is not None
+    assert report.low_rank.kept
+    assert report.int8.kept
+    assert operators(tmp_path / "out.onnx")["DynamicQuantizeLinear"] > 0
