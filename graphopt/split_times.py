@@ -28,6 +28,7 @@ from graphopt.runtime import Feed
 Array = NDArray[Any]
 SLACK: Final = 0.10  # of a layer's time: what it may take beyond its share of MACs
 _SECONDS: Final = 60.0  # for all options; those that are left then lie between timed ones
+_LEAST: Final = 4  # models with options in them that are timed however long that takes
 _RUNS: Final = 5  # in one profile
 _ROUNDS: Final = 3  # of profiles of one model, of which the fastest counts
 
@@ -63,9 +64,9 @@ class SplitTimes:
         variants = list(_variants(ranks))
         for number, variant in enumerate(variants):
             spent = (time.perf_counter() - started) / _SECONDS
-            if spent > 1:
+            if spent > 1 and number >= _LEAST:
                 break
-            tell(max(spent, (number + 1) / (len(variants) + 1)))
+            tell(min(1.0, max(spent, (number + 1) / (len(variants) + 1))))
             for root, ms in self.chosen(variant).items():
                 option = variant.get(root)
                 if option is not None and option.method is not None:

@@ -79,6 +79,7 @@ def test_what_was_not_timed_lies_between_what_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(split_times, "_SECONDS", 1e-9)
+    monkeypatch.setattr(split_times, "_LEAST", 0)
     ranks, times = measured(tmp_path)
     option = next(option for option in ranks.options["c"] if option.method is not None)
     assert times.estimate("c", option) == math.inf  # nothing was
@@ -87,6 +88,14 @@ def test_what_was_not_timed_lies_between_what_was(
     assert times.estimate("c", replace(between, macs=2000)) == pytest.approx(1.5)
     assert times.estimate("c", replace(between, macs=3001)) == math.inf
     assert times.estimate("c", ranks.options["c"][0]) == times.dense["c"]
+
+
+def test_slow_models_are_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_times, "_SECONDS", 1e-9)
+    ranks, times = measured(tmp_path)
+    options = [option for option in ranks.options["c"] if option.method is not None]
+    known = [o for o in options if math.isfinite(times.estimate("c", o))]
+    assert split_times._LEAST <= len(known) < len(options)
 
 
 def test_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
