@@ -272,7 +272,8 @@ class Lossy:
         """Make the candidate what was decided."""
         candidate.model = Model.load(base)
         # What came in sparse was made dense for the steps: the file would grow by all its zeros.
-        if self._prune.has_zeros or has_sparse(Model.load(self._source)):
+        is_sparse = self._int8.recipe is None and has_sparse(Model.load(self._source))
+        if self._prune.has_zeros or is_sparse:
             run_pipeline(candidate.model, [Sparsify()])
         candidate.write(self._tell)
 

@@ -526,6 +526,7 @@ def test_what_comes_to_nothing(tmp_path: Path) -> None:
     record, step = searched(base, tmp_path, 8, remarks, force=True, min_sqnr=200.0)
     assert (record.kept, record.forced) == (True, True)
     assert remarks.warnings == [f"forced: {record.reason}"]
+    _, step = searched(base, tmp_path, 8)
     (tmp_path / "coded").mkdir()
     coded = written(step, base, tmp_path).rename(tmp_path / "coded" / "mlp.onnx")
     again, _ = searched(coded, tmp_path, 8)

@@ -343,10 +343,16 @@ def rows() -> list[dict[str, Array]]:
     ]
 
 
+@pytest.mark.parametrize("step", [SplitLayers(), SplitEmbeddings()])
+def test_without_options_nothing_is_split(step: Pass) -> None:
+    model = Model.load(product())
+    run_pipeline(model, [step])
+    assert not model.graph.edited
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (SplitLayers(), "split-layers: say how far in one way: keep, energy or evbmf"),
         (
             SplitLayers(keep=0.5, energy=0.5),
             "split-layers: say how far in one way: keep, energy or evbmf",
@@ -366,7 +372,6 @@ def rows() -> list[dict[str, Array]]:
             SplitLayers(evbmf=True, method="cp"),
             "evbmf: it gives ranks of matrices, and cp has none",
         ),
-        (SplitEmbeddings(), "split-embeddings: say how far in one way: keep or energy"),
         (
             SplitEmbeddings(keep=0.5, energy=0.5),
             "split-embeddings: say how far in one way: keep or energy",
@@ -375,7 +380,7 @@ def rows() -> list[dict[str, Array]]:
         (SplitEmbeddings(energy=-1.0), "energy -1.0: it is above 0 and below 1"),
     ],
 )
-def test_options_that_say_nothing_are_refused(step: Pass, message: str) -> None:
+def test_options_that_contradict_are_refused(step: Pass, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         run_pipeline(Model.load(product()), [step])
     assert str(caught.value) == message

@@ -50,8 +50,10 @@ class SplitEmbeddings:
     data: str = ""
 
     def run(self, model: Model, edit: Editor) -> None:
-        """Split tables of the main graph. Raises UsageError for options that say nothing."""
-        if bool(self.keep) + bool(self.energy) != 1:
+        """Split tables of the main graph, none without options. Raises UsageError for bad ones."""
+        if not (self.keep or self.energy):
+            return
+        if self.keep and self.energy:
             raise UsageError("split-embeddings: say how far in one way: keep or energy")
         for option, share in (("keep", self.keep), ("energy", self.energy)):
             if not 0 <= share < 1:

@@ -51,8 +51,10 @@ class SplitLayers:
     data: str = ""
 
     def run(self, model: Model, edit: Editor) -> None:
-        """Split the main graph's layers. Raises UsageError for options that say nothing."""
+        """Split the main graph's layers, none without options. Raises UsageError for bad ones."""
         self._check()
+        if not (self.keep or self.energy or self.evbmf):
+            return
         from graphopt.passes.fitting import Settings
         from graphopt.passes.lowrank.factor import factor
         from graphopt.passes.lowrank.split import RULE
@@ -112,12 +114,12 @@ class SplitLayers:
         return {root: found for root, (found,) in options.items()}
 
     def _check(self) -> None:
-        """Raise UsageError for options that say nothing, or too much."""
+        """Raise UsageError for options that say too much, or nonsense."""
         from graphopt.passes.lowrank.forms import METHODS
 
         if self.method not in ("auto", *METHODS):
             raise UsageError(f"method {self.method!r}: there are auto, {', '.join(METHODS)}")
-        if bool(self.keep) + bool(self.energy) + self.evbmf != 1:
+        if bool(self.keep) + bool(self.energy) + self.evbmf > 1:
             raise UsageError("split-layers: say how far in one way: keep, energy or evbmf")
         for option, share in (("keep", self.keep), ("energy", self.energy)):
             if not 0 <= share < 1:
